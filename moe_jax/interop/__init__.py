@@ -1,0 +1,1 @@
+"""Other worlds: weights of the original system, faiss. Each import is lazy."""

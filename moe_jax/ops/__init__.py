@@ -1,0 +1,9 @@
+"""Pure array functions: exact similarity, nearest neighbours, top-k."""
+
+from moe_jax.ops.independent import first_independent as first_independent
+from moe_jax.ops.nearest import nearest as nearest
+from moe_jax.ops.similarity import exact_cosine as exact_cosine
+from moe_jax.ops.similarity import exact_cosine_pairs as exact_cosine_pairs
+from moe_jax.ops.similarity import limbs as limbs
+from moe_jax.ops.similarity import normalize as normalize
+from moe_jax.ops.top_k import top_k as top_k

@@ -1,0 +1,10 @@
+"""Training: state and optimizer, jitted steps, the loop, metrics."""
+
+from moe_jax.training.state import TrainState as TrainState
+from moe_jax.training.state import create_graph as create_graph
+from moe_jax.training.state import create_state as create_state
+from moe_jax.training.state import make_optimizer as make_optimizer
+from moe_jax.training.step import EvalSums as EvalSums
+from moe_jax.training.step import Metrics as Metrics
+from moe_jax.training.step import make_eval_step as make_eval_step
+from moe_jax.training.step import make_train_step as make_train_step

@@ -1,0 +1,142 @@
+"""The standard expert: an encoder, one transformer layer, a decoder and a confidence head."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from moe_jax._types import Array, Bool, Dtype, Float, Int
+from moe_jax.experts.base import ConfidenceHead, ExpertOutput, LayerNorm, SelfAttention
+
+
+class TransformerExpert(nn.Module):
+    """The original's expert.
+
+    Encoder Linear(D, H) -> LayerNorm -> GELU -> Dropout; processor, a pre-norm transformer
+    encoder layer with feed-forward width 4H; decoder Linear(H, H) -> GELU -> Dropout ->
+    Linear(H, O). The confidence is read from the processor's result.
+
+    Attributes:
+        hidden_dim: H.
+        output_dim: O.
+        num_heads: attention heads; divides H.
+        causal: tokens attend to their own and earlier positions only.
+        dropout: rate, after the encoder, attention, both feed-forward layers and in the decoder.
+        approximate_gelu: tanh GELU in place of the exact one.
+        dtype: of the arithmetic; parameters, norms' statistics and softmaxes are float32.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x, valid = jnp.ones((8, 4)), jnp.ones(8, bool)
+        >>> out, _ = TransformerExpert(16, 4, num_heads=2).init_with_output(
+        ...     jax.random.key(0), x, valid, jnp.arange(8)
+        ... )
+        >>> out.output.shape
+        (8, 4)
+    """
+
+    hidden_dim: int
+    output_dim: int
+    num_heads: int = 8
+    causal: bool = False
+    dropout: float = 0.0
+    approximate_gelu: bool = False
+    dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Lays out the layers."""
+        self.encoder = nn.Dense(self.hidden_dim, dtype=self.dtype)
+        self.encoder_norm = LayerNorm(dtype=self.dtype)
+        self.attention_norm = LayerNorm(dtype=self.dtype)
+        self.attention = SelfAttention(self.num_heads, causal=self.causal, dtype=self.dtype)
+        self.feed_forward_norm = LayerNorm(dtype=self.dtype)
+        self.feed_forward_up = nn.Dense(4 * self.hidden_dim, dtype=self.dtype)
+        self.feed_forward_down = nn.Dense(self.hidden_dim, dtype=self.dtype)
+        self.decoder_hidden = nn.Dense(self.hidden_dim, dtype=self.dtype)
+        self.decoder_out = nn.Dense(self.output_dim, dtype=self.dtype)
+        self.confidence = ConfidenceHead()
+        self.drop = nn.Dropout(self.dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, "*B C D"],
+        is_valid: Bool[Array, "*B C"],
+        position: Int[Array, "*B C"],
+        is_training: bool = False,
+    ) -> ExpertOutput:
+        """Encodes, processes and decodes; see the class."""
+        return self.decode(self.process(x, is_valid, position, is_training), is_training)
+
+    def process(
+        self,
+        x: Float[Array, "*B C D"],
+        is_valid: Bool[Array, "*B C"],
+        position: Int[Array, "*B C"],
+        is_training: bool = False,
+    ) -> Float[Array, "*B C H"]:
+        """Encoder and transformer layer."""
+        off = not is_training
+        hidden = self.drop(self._gelu(self.encoder_norm(self.encoder(x))), deterministic=off)
+        mixed = self.attention(self.attention_norm(hidden), is_valid, position)
+        hidden = hidden + self.drop(mixed, deterministic=off)
+        inner = self._gelu(self.feed_forward_up(self.feed_forward_norm(hidden)))
+        inner = self.feed_forward_down(self.drop(inner, deterministic=off))
+        return hidden + self.drop(inner, deterministic=off)
+
+    def decode(self, hidden: Float[Array, "*B C H"], is_training: bool = False) -> ExpertOutput:
+        """Decoder and confidence head."""
+        inner = self._gelu(self.decoder_hidden(hidden))
+        inner = self.drop(inner, deterministic=not is_training)
+        return ExpertOutput(output=self.decoder_out(inner), confidence=self.confidence(hidden))
+
+    def _gelu(self, x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+        return nn.gelu(x, approximate=self.approximate_gelu)
+
+
+class SpecializedExpert(TransformerExpert):
+    """A `TransformerExpert` whose processed tokens pass through sub-specialists.
+
+    Each sub-specialist is Linear(H, H) -> GELU; a softmax router over the processed token mixes
+    them. The confidence of the mix is scaled by 0.7 + 0.3 * sharpness, where sharpness is
+    1 - entropy / log(num_specialists) of the router's softmax.
+
+    Attributes:
+        num_specialists: sub-specialists, at least 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x, valid = jnp.ones((8, 4)), jnp.ones(8, bool)
+        >>> out, _ = SpecializedExpert(16, 4, num_heads=2).init_with_output(
+        ...     jax.random.key(0), x, valid, jnp.arange(8)
+        ... )
+        >>> out.output.shape
+        (8, 4)
+    """
+
+    num_specialists: int = 4
+
+    def setup(self) -> None:
+        """Adds the sub-specialists and their router to the layers."""
+        super().setup()
+        self.specialists = nn.DenseGeneral(
+            features=(self.num_specialists, self.hidden_dim), dtype=self.dtype
+        )
+        self.specialist_router = nn.Dense(self.num_specialists, dtype=jnp.float32)
+
+    def __call__(
+        self,
+        x: Float[Array, "*B C D"],
+        is_valid: Bool[Array, "*B C"],
+        position: Int[Array, "*B C"],
+        is_training: bool = False,
+    ) -> ExpertOutput:
+        """Encodes, processes, specialises and decodes; see the class."""
+        hidden = self.process(x, is_valid, position, is_training)
+        log_weight = nn.log_softmax(self.specialist_router(hidden.astype(jnp.float32)))
+        weight = jnp.exp(log_weight)
+        each = self._gelu(self.specialists(hidden))
+        mixed = jnp.einsum("...s,...sh->...h", weight.astype(each.dtype), each)
+        output, confidence = self.decode(mixed, is_training)
+        if self.num_specialists > 1:
+            entropy = -jnp.sum(weight * log_weight, axis=-1) / jnp.log(self.num_specialists)
+        else:
+            entropy = jnp.zeros_like(confidence)
+        return ExpertOutput(output=output, confidence=confidence * (0.7 + 0.3 * (1.0 - entropy)))

@@ -1,0 +1,188 @@
+"""Draft reports: what each expert has to say about a sequence, as fixed-shape masked arrays."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax._types import Array, Bool, Float, Int
+from moe_jax.experts import ExpertOutput
+
+
+class DraftReports(NamedTuple):
+    """R summaries; R is fixed by the shapes and `is_valid` says which of them exist.
+
+    Per (sequence, expert) R = B * E, laid out row-major as (b, e); per (batch, expert) R = E.
+
+    Attributes:
+        summary: [R, O] float32, the confidence-weighted mean of the expert's outputs.
+        confidence: [R] float32, mean confidence over the same tokens.
+        expert_id: [R] int32.
+        sequence: [R] int32, row of the batch; of the most confident one in a report per batch.
+        positions: [R, P] int32, the most confident tokens' positions, best first; S beyond the
+            expert's last token.
+        source: [R, 2] int32, document and offset of the most confident token; -1 if unknown.
+        is_valid: [R] bool, False where the expert got no token.
+    """
+
+    summary: Float[Array, "R O"]
+    confidence: Float[Array, "R"]
+    expert_id: Int[Array, "R"]
+    sequence: Int[Array, "R"]
+    positions: Int[Array, "R P"]
+    source: Int[Array, "R 2"]
+    is_valid: Bool[Array, "R"]
+
+
+def sequence_reports(
+    expert: ExpertOutput,
+    is_valid: Bool[Array, "E B C"],
+    position: Int[Array, "E B C"],
+    *,
+    length: int,
+    num_positions: int,
+    source: Int[Array, "B 2"] | None = None,
+) -> DraftReports:
+    """One report per (sequence, expert).
+
+    Args:
+        expert: outputs [E, B, C, O] and confidences [E, B, C].
+        is_valid: which tokens are the expert's.
+        position: of each token in its sequence.
+        length: S, which stands for "no position".
+        num_positions: P.
+        source: [B, 2] document id and offset of each sequence's first token.
+
+    Returns:
+        E * B reports, laid out as (b, e).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> out = ExpertOutput(output=jnp.ones((2, 1, 8, 4)), confidence=jnp.ones((2, 1, 8)))
+        >>> valid = jnp.ones((2, 1, 8), bool)
+        >>> position = jnp.broadcast_to(jnp.arange(8), (2, 1, 8))
+        >>> sequence_reports(out, valid, position, length=8, num_positions=2).positions
+        Array([[0, 1],
+               [0, 1]], dtype=int32)
+    """
+    num_experts, batch = is_valid.shape[:2]
+    summary, confidence, exists = _pool(expert, is_valid)
+    best = _best_positions(
+        jnp.where(is_valid, expert.confidence, -1.0), position, length, num_positions
+    )
+    sequence = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[None], (num_experts, batch))
+    reports = DraftReports(
+        summary=summary,
+        confidence=confidence,
+        expert_id=jnp.broadcast_to(_iota(num_experts)[:, None], (num_experts, batch)),
+        sequence=sequence,
+        positions=best,
+        source=_sources(source, sequence, best[..., 0], length),
+        is_valid=exists,
+    )
+    return jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), reports)
+
+
+def batch_reports(
+    expert: ExpertOutput,
+    is_valid: Bool[Array, "E B C"],
+    position: Int[Array, "E B C"],
+    *,
+    length: int,
+    num_positions: int,
+    source: Int[Array, "B 2"] | None = None,
+) -> DraftReports:
+    """One report per expert over the whole batch: the mean of its sequences' reports.
+
+    The original's: confidence is averaged over all tokens; positions are those whose confidence,
+    averaged over the sequences in which the expert has them, is largest.
+
+    Args:
+        expert: outputs [E, B, C, O] and confidences [E, B, C].
+        is_valid: which tokens are the expert's.
+        position: of each token in its sequence.
+        length: S.
+        num_positions: P.
+        source: [B, 2] document id and offset of each sequence's first token.
+
+    Returns:
+        E reports.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> out = ExpertOutput(output=jnp.ones((2, 1, 8, 4)), confidence=jnp.ones((2, 1, 8)))
+        >>> valid = jnp.ones((2, 1, 8), bool)
+        >>> position = jnp.broadcast_to(jnp.arange(8), (2, 1, 8))
+        >>> batch_reports(out, valid, position, length=8, num_positions=2).expert_id
+        Array([0, 1], dtype=int32)
+    """
+    num_experts = is_valid.shape[0]
+    summary, _, exists = _pool(expert, is_valid)
+    share = exists / jnp.maximum(jnp.sum(exists, axis=1, keepdims=True), 1)
+    sure = jnp.where(is_valid, expert.confidence, 0.0)
+    count = jnp.sum(is_valid, axis=(1, 2))
+
+    where = jnp.where(is_valid, position, length).reshape(num_experts, -1)
+    sum_at, count_at = jax.vmap(
+        lambda at, c: (jnp.zeros(length).at[at].add(c, mode="drop"),
+                       jnp.zeros(length).at[at].add(1.0, mode="drop"))
+    )(where, sure.reshape(num_experts, -1))  # fmt: skip
+    mean_at = jnp.where(count_at > 0, sum_at / jnp.maximum(count_at, 1.0), -1.0)
+    everywhere = jnp.broadcast_to(_iota(length)[None], mean_at.shape)
+    best = _best_positions(mean_at, everywhere, length, num_positions)
+
+    at_best = is_valid & (position == best[:, :1, None])
+    sure_there = jnp.max(jnp.where(at_best, expert.confidence, -1.0), axis=2)
+    sequence = jnp.argmax(sure_there, axis=1).astype(jnp.int32)
+    return DraftReports(
+        summary=jnp.einsum("ebo,eb->eo", summary, share),
+        confidence=jnp.sum(sure, axis=(1, 2)) / jnp.maximum(count, 1),
+        expert_id=_iota(num_experts),
+        sequence=sequence,
+        positions=best,
+        source=_sources(source, sequence, best[:, 0], length),
+        is_valid=count > 0,
+    )
+
+
+def _pool(
+    expert: ExpertOutput, is_valid: Bool[Array, "E B C"]
+) -> tuple[Float[Array, "E B O"], Float[Array, "E B"], Bool[Array, "E B"]]:
+    """Confidence-weighted mean output, mean confidence, and whether there was any token."""
+    sure = jnp.where(is_valid, expert.confidence, 0.0).astype(jnp.float32)
+    total = jnp.sum(sure, axis=-1)
+    exists = jnp.any(is_valid, axis=-1)
+    # An empty slot may hold NaN, and zero times NaN is NaN: mask the outputs as well.
+    outputs = jnp.where(is_valid[..., None], expert.output, 0)
+    summary = jnp.einsum("ebc,ebco->ebo", sure, outputs, preferred_element_type=jnp.float32)
+    summary = summary / jnp.where(total > 0, total, 1.0)[..., None]
+    return summary, total / jnp.maximum(jnp.sum(is_valid, axis=-1), 1), exists
+
+
+def _best_positions(
+    score: Float[Array, "*B C"], position: Int[Array, "*B C"], length: int, num_positions: int
+) -> Int[Array, "*B P"]:
+    """Positions of the highest scores; a negative score marks no token."""
+    found = min(num_positions, score.shape[-1])
+    best, at = jax.lax.top_k(score, found)
+    chosen = jnp.where(best >= 0, jnp.take_along_axis(position, at, axis=-1), length)
+    pad = [(0, 0)] * (score.ndim - 1) + [(0, num_positions - found)]
+    return jnp.pad(chosen, pad, constant_values=length).astype(jnp.int32)
+
+
+def _sources(
+    source: Int[Array, "B 2"] | None,
+    sequence: Int[Array, "*R"],
+    position: Int[Array, "*R"],
+    length: int,
+) -> Int[Array, "*R 2"]:
+    if source is None:
+        return jnp.full((*sequence.shape, 2), -1, jnp.int32)
+    start = source[sequence].astype(jnp.int32)
+    shift = jnp.where(position < length, position, 0)
+    known = start[..., 0] >= 0
+    return jnp.stack([start[..., 0], jnp.where(known, start[..., 1] + shift, -1)], axis=-1)
+
+
+def _iota(size: int) -> Int[Array, "I"]:
+    return jnp.arange(size, dtype=jnp.int32)

@@ -1,0 +1,95 @@
+"""Routers: from logits to the K experts of each token."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax._types import Array, Float, Int, PRNGKey
+
+
+class Choices(NamedTuple):
+    """The experts that a router chose.
+
+    Attributes:
+        expert: [B, S, K] int32, best first.
+        weight: [B, S, K] float32, at least 0, summing to 1 over K.
+    """
+
+    expert: Int[Array, "B S K"]
+    weight: Float[Array, "B S K"]
+
+
+def topk(logits: Float[Array, "B S E"], k: int) -> Choices:
+    """Chooses the k largest logits, weighted by a softmax over those k.
+
+    Equal to a softmax over all experts, cut to the k largest and normalised again. Ties go to the
+    lower expert id.
+
+    Args:
+        logits: [B, S, E], any float dtype; taken as float32.
+        k: experts per token, 1 to E.
+
+    Returns:
+        The choices of each token.
+
+    Raises:
+        ValueError: k is not in [1, E].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> topk(jnp.array([[[0.0, 2.0, 1.0]]]), k=2).expert
+        Array([[[1, 2]]], dtype=int32)
+    """
+    num_experts = logits.shape[-1]
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k must lie in [1, E={num_experts}], got {k}")
+    best, expert = jax.lax.top_k(logits.astype(jnp.float32), k)
+    return Choices(expert=expert.astype(jnp.int32), weight=jax.nn.softmax(best, axis=-1))
+
+
+def noisy_topk(
+    logits: Float[Array, "B S E"],
+    noise_logits: Float[Array, "B S E"],
+    k: int,
+    key: PRNGKey | None,
+) -> Choices:
+    """Chooses by noisy logits: Shazeer et al. 2017, equations 3 to 5.
+
+    Args:
+        logits: [B, S, E] clean logits.
+        noise_logits: [B, S, E]; the noise of each logit has scale softplus(noise_logits).
+        k: experts per token, 1 to E.
+        key: of the noise; None for none, as outside training.
+
+    Returns:
+        The choices of each token.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> logits = jnp.zeros((1, 4, 8))
+        >>> noisy_topk(logits, logits, 2, jax.random.key(0)).expert.shape
+        (1, 4, 2)
+    """
+    logits = logits.astype(jnp.float32)
+    if key is not None:
+        scale = jax.nn.softplus(noise_logits.astype(jnp.float32))
+        logits = logits + scale * jax.random.normal(key, logits.shape)
+    return topk(logits, k)
+
+
+def dense(logits: Float[Array, "B S E"]) -> Choices:
+    """Sends every token to every expert, weighted by a softmax over all: the soft upper bound.
+
+    Args:
+        logits: [B, S, E].
+
+    Returns:
+        The choices, K = E, by falling weight.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dense(jnp.zeros((1, 1, 2))).weight
+        Array([[[0.5, 0.5]]], dtype=float32)
+    """
+    return topk(logits, logits.shape[-1])

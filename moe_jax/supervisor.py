@@ -1,0 +1,124 @@
+"""The supervisor: attention over expert embeddings, a gate, and a choice of experts."""
+
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax._types import Array, Dtype, Float, PRNGKey
+from moe_jax.routing import Choices, dense, noisy_topk, topk
+
+
+class SupervisorOutput(NamedTuple):
+    """The supervisor's decision.
+
+    Attributes:
+        logits: [B, S, E] float32 router logits.
+        choices: the experts and weights of each token.
+    """
+
+    logits: Float[Array, "B S E"]
+    choices: Choices
+
+
+class Supervisor(nn.Module):
+    """logits = gate(x + attention(query=x, key=value=expert_embeddings)).
+
+    The gate is Linear(D, 4E) -> GELU -> Linear(4E, E). Everything is float32, whatever the
+    compute dtype, since routing decides discretely. The gate's last layer starts with orthogonal
+    columns that each sum to zero: GELU's positive mean then gives no expert a head start, so the
+    load is even before any training.
+
+    Attributes:
+        num_experts: E.
+        top_k: K; ignored by the "dense" gating.
+        num_heads: heads of the attention; divides D.
+        gating_type: "topk", "noisy_topk" or "dense".
+        residual: add x to the attention's result; False is the original's gate, which sees
+            only a mixture of expert embeddings.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> supervisor = Supervisor(num_experts=4, top_k=2, num_heads=2)
+        >>> x, embeddings = jnp.ones((1, 3, 8)), jnp.ones((4, 8))
+        >>> out, _ = supervisor.init_with_output(jax.random.key(0), x, embeddings)
+        >>> out.choices.expert.shape
+        (1, 3, 2)
+    """
+
+    num_experts: int
+    top_k: int
+    num_heads: int = 8
+    gating_type: Literal["topk", "noisy_topk", "dense"] = "topk"
+    residual: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        expert_embeddings: Float[Array, "E D"],
+        is_training: bool = False,
+    ) -> SupervisorOutput:
+        """Chooses each token's experts.
+
+        Args:
+            x: [B, S, D] tokens, any float dtype.
+            expert_embeddings: [E, D], what the attention reads.
+            is_training: "noisy_topk" then adds noise from the rng "router".
+
+        Returns:
+            Logits and choices.
+        """
+        x = x.astype(jnp.float32)
+        seen = _EmbeddingAttention(self.num_heads, name="attention")(x, expert_embeddings)
+        if self.residual:
+            seen = x + seen
+        hidden = nn.gelu(
+            nn.Dense(4 * self.num_experts, name="gate_hidden")(seen), approximate=False
+        )
+        logits = nn.Dense(self.num_experts, kernel_init=_centred_orthogonal, name="gate_out")(
+            hidden
+        )
+        match self.gating_type:
+            case "dense":
+                choices = dense(logits)
+            case "noisy_topk":
+                zero = nn.initializers.zeros
+                noise = nn.Dense(self.num_experts, kernel_init=zero, name="noise")(seen)
+                key = self.make_rng("router") if is_training else None
+                choices = noisy_topk(logits, noise, self.top_k, key)
+            case _:
+                choices = topk(logits, self.top_k)
+        return SupervisorOutput(logits=logits, choices=choices)
+
+
+class _EmbeddingAttention(nn.Module):
+    """Multi-head attention of every token over the E expert embeddings."""
+
+    num_heads: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S D"], embeddings: Float[Array, "E D"]
+    ) -> Float[Array, "B S D"]:
+        batch, length, width = x.shape
+        head = width // self.num_heads
+        query = nn.Dense(width, name="query")(x).reshape(batch, length, self.num_heads, head)
+        fused = nn.Dense(2 * width, name="key_value")(embeddings)
+        key, value = fused.reshape(-1, 2, self.num_heads, head).swapaxes(0, 1)
+        score = jnp.einsum("bshd,ehd->bshe", query, key) / jnp.sqrt(jnp.float32(head))
+        mixed = jnp.einsum("bshe,ehd->bshd", jax.nn.softmax(score, axis=-1), value)
+        return nn.Dense(width, name="out")(mixed.reshape(batch, length, width))
+
+
+def _centred_orthogonal(
+    key: PRNGKey, shape: tuple[int, ...], dtype: Dtype = jnp.float32
+) -> Float[Array, "I E"]:
+    """Orthonormal columns, each summing to zero; scaled so that logits have about unit variance."""
+    rows, columns = shape
+    wide = jax.random.normal(key, (rows, columns), jnp.float32)
+    wide = wide - jnp.mean(wide, axis=0, keepdims=True)
+    basis, _ = jnp.linalg.qr(wide)
+    # GELU of a standard normal has variance 0.345.
+    return (basis / jnp.sqrt(0.345)).astype(dtype)

@@ -1,0 +1,380 @@
+"""The whole system: memory, supervisor, experts, librarian and graph, from one config."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax import graph as kg
+from moe_jax._types import Array, Bool, Float, Int, Variables
+from moe_jax.config import MoEConfig
+from moe_jax.constellation import Constellation
+from moe_jax.experts import EXPERTS, ExpertBank
+from moe_jax.graph import Hits, InsertInfo, KnowledgeGraph
+from moe_jax.librarian import Librarian, Proposals, contrastive_loss
+from moe_jax.memory import MemoryReader
+from moe_jax.reports import DraftReports
+from moe_jax.routing import (
+    RoutingPlan,
+    RoutingStats,
+    router_z_loss,
+    routing_stats,
+    switch_balance_loss,
+    usage_mse_loss,
+)
+from moe_jax.supervisor import Supervisor
+
+
+class MoELosses(NamedTuple):
+    """Auxiliary losses, unweighted, and their weighted sum.
+
+    Attributes:
+        load_balance: of the configured kind.
+        router_z: router z-loss.
+        contrastive: the librarian's; 0 when its weight is 0.
+        total: the sum, weighted as configured: add it to the task's loss.
+    """
+
+    load_balance: Float[Array, ""]
+    router_z: Float[Array, ""]
+    contrastive: Float[Array, ""]
+    total: Float[Array, ""]
+
+
+class MoEOutput(NamedTuple):
+    """What one call of a `MoESystem` gives.
+
+    Attributes:
+        output: [B, S, O].
+        confidence: [B, S] float32, how sure each token's experts are.
+        plan: who went where.
+        reports: draft reports; None when `report_scope` is "none".
+        proposals: what the librarian would store; None likewise.
+        losses: auxiliary losses.
+        stats: balance and drops.
+    """
+
+    output: Float[Array, "B S O"]
+    confidence: Float[Array, "B S"]
+    plan: RoutingPlan
+    reports: DraftReports | None
+    proposals: Proposals | None
+    losses: MoELosses
+    stats: RoutingStats
+
+
+class MoESystem(nn.Module):
+    """input -> memory -> supervisor -> expert constellation -> draft reports -> librarian.
+
+    Calling it changes nothing; `write` puts the proposals into a graph, `inference_step` does
+    both in one compiled step, and `query` asks the graph what it knows.
+
+    Attributes:
+        config: everything that shapes the system.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from moe_jax.config import tiny
+        >>> system = MoESystem(tiny())
+        >>> x = jnp.ones((2, 16, 32))
+        >>> variables = system.init(jax.random.key(0), x)
+        >>> system.apply(variables, x).output.shape
+        (2, 16, 32)
+    """
+
+    config: MoEConfig
+
+    def setup(self) -> None:
+        """Builds the parts; the one place where the config is read."""
+        c = self.config
+        dtype = jnp.dtype(c.compute_dtype)
+        supervisor = Supervisor(
+            num_experts=c.num_experts,
+            top_k=c.top_k_experts,
+            num_heads=c.num_gating_heads,
+            gating_type=c.gating_type,
+            residual=c.gating_residual,
+        )
+        self.constellation = Constellation(
+            supervisor=supervisor,
+            bank=ExpertBank(_expert(c), num_experts=c.num_experts, remat=c.remat),
+            capacity_factor=c.capacity_factor,
+            eval_capacity_factor=c.eval_capacity_factor,
+            context=c.expert_context,
+            group=c.routing_group,
+            priority=c.resolved_priority,
+            report_scope=c.report_scope,
+            num_positions=c.report_positions,
+        )
+        if c.report_scope != "none":
+            self.librarian = Librarian(c.dedup_threshold, c.dedup_rule, c.librarian_residual)
+        if c.memory_read:
+            self.memory = MemoryReader(c.memory_heads, c.memory_top_k, c.memory_threshold, dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        graph: KnowledgeGraph | None = None,
+        *,
+        is_valid: Bool[Array, "B S"] | None = None,
+        source: Int[Array, "B 2"] | None = None,
+        is_training: bool = False,
+    ) -> MoEOutput:
+        """Runs the system on a batch of sequences.
+
+        Args:
+            x: [B, S, D] tokens.
+            graph: the memory to read; needed when `memory_read`, unused otherwise.
+            is_valid: [B, S], False for padding.
+            source: [B, 2] int32 document id and offset of each sequence's first token, carried
+                into the reports.
+            is_training: training capacity, dropout (rng "dropout") and router noise ("router").
+
+        Returns:
+            Outputs, reports, proposals, losses and statistics.
+
+        Raises:
+            ValueError: x is not [B, S, input_dim], or the graph is missing or of another width.
+        """
+        c = self.config
+        if x.ndim != 3 or x.shape[-1] != c.input_dim:
+            raise ValueError(f"x must have shape [B, S, input_dim={c.input_dim}], got {x.shape}")
+        x = x.astype(c.compute_dtype)
+        if c.memory_read:
+            x = self.memory(x, self._checked(graph))
+        routed = self.constellation(x, is_valid=is_valid, source=source, is_training=is_training)
+        proposals = None
+        if routed.reports is not None:
+            proposals = self.librarian(routed.reports)
+        return MoEOutput(
+            output=routed.output,
+            confidence=routed.confidence,
+            plan=routed.plan,
+            reports=routed.reports,
+            proposals=jax.lax.stop_gradient(proposals),
+            losses=self._losses(routed.logits, routed.plan, routed.reports, proposals, is_valid),
+            stats=routing_stats(routed.logits, routed.plan, is_valid),
+        )
+
+    def create_graph(self) -> KnowledgeGraph:
+        """Returns an empty knowledge graph of the configured size."""
+        c = self.config
+        return KnowledgeGraph.create(c.max_kg_nodes, c.output_dim, num_edge_slots=c.kg_edge_slots)
+
+    def write(
+        self, graph: KnowledgeGraph, proposals: Proposals
+    ) -> tuple[KnowledgeGraph, InsertInfo]:
+        """Inserts the librarian's proposals and links what was written to its like.
+
+        All proposals of one call carry the same time, one tick after the graph's clock.
+
+        Args:
+            graph: the graph before.
+            proposals: from a call of the system.
+
+        Returns:
+            The graph after, and what became of each proposal.
+        """
+        c = self.config
+        graph, info = kg.insert(
+            graph,
+            proposals.key,
+            values=proposals.value,
+            confidence=proposals.confidence,
+            expert_id=proposals.expert_id,
+            source=proposals.source,
+            weight=proposals.weight,
+            is_valid=proposals.is_kept,
+            time=graph.clock + 1,
+            merge_threshold=c.kg_merge_threshold,
+            merge_rule=c.kg_merge_rule,
+        )
+        graph, _ = kg.link_similar(
+            graph,
+            info.node_id,
+            k=c.kg_link_top_k,
+            threshold=c.kg_link_threshold,
+            is_valid=info.created | info.merged,
+        )
+        return graph, info
+
+    def inference_step(
+        self,
+    ) -> Callable[..., tuple[KnowledgeGraph, MoEOutput, InsertInfo]]:
+        """Returns one compiled step that infers and writes what it found.
+
+        Returns:
+            A function of (variables, graph, x, is_valid=None, source=None) that gives (graph,
+            output, info). The graph is donated: use the returned one from then on. One
+            compilation serves all calls of equal shapes.
+
+        Raises:
+            ValueError: `report_scope` is "none", so there is nothing to write.
+        """
+        if self.config.report_scope == "none":
+            raise ValueError('report_scope must not be "none" to write a graph')
+
+        def step(
+            variables: Variables,
+            graph: KnowledgeGraph,
+            x: Float[Array, "B S D"],
+            is_valid: Bool[Array, "B S"] | None = None,
+            source: Int[Array, "B 2"] | None = None,
+        ) -> tuple[KnowledgeGraph, MoEOutput, InsertInfo]:
+            output = self.apply(variables, x, graph, is_valid=is_valid, source=source)
+            graph, info = self.write(graph, output.proposals)
+            return graph, output, info
+
+        return jax.jit(step, donate_argnums=1)
+
+    def query(
+        self,
+        variables: Variables,
+        graph: KnowledgeGraph,
+        x: Float[Array, "B S D"],
+        k: int = 5,
+        *,
+        is_valid: Bool[Array, "B S"] | None = None,
+        threshold: float = -1.0,
+    ) -> Hits:
+        """Asks the graph what it knows about each sequence of x.
+
+        The sequences take the way of any input up to the librarian; the keys of their draft
+        reports are then searched for, and a sequence's answer is the best of all its reports'
+        hits, each node once.
+
+        Args:
+            variables: of the system.
+            graph: the graph to search.
+            x: [B, S, D] tokens.
+            k: nodes wanted per sequence.
+            is_valid: [B, S], False for padding.
+            threshold: least cosine of a hit.
+
+        Returns:
+            Hits of shape [B, k].
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> from moe_jax.config import tiny
+            >>> system, x = MoESystem(tiny()), jnp.ones((2, 16, 32))
+            >>> variables, graph = system.init(jax.random.key(0), x), system.create_graph()
+            >>> graph, _, _ = system.inference_step()(variables, graph, x)
+            >>> system.query(variables, graph, x, k=3).ids.shape
+            (2, 3)
+        """
+        output = self.apply(variables, x, graph, is_valid=is_valid)
+        return search_reports(
+            graph, output, k, threshold=threshold, use_faiss=self.config.use_faiss
+        )
+
+    def _checked(self, graph: KnowledgeGraph | None) -> KnowledgeGraph:
+        if graph is None:
+            raise ValueError("graph must be given when memory_read=True, got None")
+        if graph.dim != self.config.output_dim:
+            raise ValueError(
+                f"graph must have width output_dim={self.config.output_dim}, got {graph.dim}"
+            )
+        return graph
+
+    def _losses(
+        self,
+        logits: Float[Array, "B S E"],
+        plan: RoutingPlan,
+        reports: DraftReports | None,
+        proposals: Proposals | None,
+        is_valid: Bool[Array, "B S"] | None,
+    ) -> MoELosses:
+        c = self.config
+        if c.load_balance_loss == "switch":
+            balance = switch_balance_loss(logits, plan.expert, is_valid)
+        else:
+            balance = usage_mse_loss(logits, is_valid)
+        z = router_z_loss(logits, is_valid)
+        contrastive = jnp.zeros(())
+        if c.librarian_contrastive_weight > 0 and reports is not None:
+            contrastive = contrastive_loss(proposals.key, reports.sequence, reports.is_valid)
+        total = (
+            c.load_balance_weight * balance
+            + c.router_z_weight * z
+            + c.librarian_contrastive_weight * contrastive
+        )
+        return MoELosses(load_balance=balance, router_z=z, contrastive=contrastive, total=total)
+
+
+def search_reports(
+    graph: KnowledgeGraph,
+    output: MoEOutput,
+    k: int,
+    *,
+    threshold: float = -1.0,
+    use_faiss: bool = False,
+) -> Hits:
+    """Searches the graph for every report of a batch and merges the hits per sequence.
+
+    Args:
+        graph: the graph to search.
+        output: of a system whose `report_scope` is "sequence".
+        k: nodes wanted per sequence.
+        threshold: least cosine of a hit.
+        use_faiss: search on the host through faiss; not inside jit.
+
+    Returns:
+        Hits of shape [B, k], each node at most once per sequence.
+
+    Raises:
+        ValueError: the reports are not one per (sequence, expert).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from moe_jax.config import tiny
+        >>> system, x = MoESystem(tiny()), jnp.ones((2, 16, 32))
+        >>> output, _ = system.init_with_output(jax.random.key(0), x)
+        >>> bool(search_reports(system.create_graph(), output, k=3).is_valid.any())
+        False
+    """
+    batch = output.output.shape[0]
+    if output.reports is None or output.reports.summary.shape[0] % batch:
+        raise ValueError('report_scope must be "sequence" to query by sequence')
+    keys = jnp.where(output.reports.is_valid[:, None], output.proposals.key, 0.0)
+    if use_faiss:
+        from moe_jax.interop.faiss import FaissIndex
+
+        hits = FaissIndex(graph).search(keys, k, threshold)
+    else:
+        hits = kg.search(graph, keys, k, threshold)
+    per_sequence = jax.tree.map(lambda a: a.reshape(batch, -1), hits)
+    return _best_distinct(per_sequence, k, graph.num_nodes)
+
+
+def _best_distinct(hits: Hits, k: int, nowhere: int) -> Hits:
+    """The k best hits of each row, of each node only the best."""
+    ids, scores = hits.ids, jnp.where(hits.is_valid, hits.scores, -jnp.inf)
+    order = jnp.argsort(-scores, axis=1, stable=True)
+    ids = jnp.take_along_axis(ids, order, axis=1)
+    scores = jnp.take_along_axis(scores, order, axis=1)
+    is_same = ids[:, :, None] == ids[:, None, :]
+    is_repeat = jnp.any(is_same & jnp.tri(ids.shape[1], k=-1, dtype=bool)[None], axis=2)
+    scores, at = jax.lax.top_k(jnp.where(is_repeat, -jnp.inf, scores), k)
+    is_valid = scores > -jnp.inf
+    ids = jnp.where(is_valid, jnp.take_along_axis(ids, at, axis=1), nowhere)
+    return Hits(ids=ids, scores=jnp.where(is_valid, scores, 0.0), is_valid=is_valid)
+
+
+def _expert(c: MoEConfig) -> nn.Module:
+    """One unbound expert of the configured kind."""
+    fields = {
+        "hidden_dim": c.hidden_dim,
+        "output_dim": c.output_dim,
+        "dropout": c.dropout,
+        "dtype": jnp.dtype(c.compute_dtype),
+    }
+    if c.expert != "swiglu":
+        fields["approximate_gelu"] = c.approximate_gelu
+    if c.expert in ("transformer", "specialized"):
+        fields |= {"num_heads": c.expert_heads, "causal": c.causal}
+    if c.expert == "specialized":
+        fields["num_specialists"] = c.num_specialists
+    return EXPERTS[c.expert](**fields)

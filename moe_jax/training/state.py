@@ -1,0 +1,115 @@
+"""The training state and the optimizer."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax._types import Array, Int, PRNGKey, Variables
+from moe_jax.config import TrainConfig
+from moe_jax.graph import KnowledgeGraph
+from moe_jax.lm import MoELanguageModel
+from moe_jax.system import MoESystem
+
+
+class TrainState(NamedTuple):
+    """Everything an optimizer step changes, but the graph.
+
+    Attributes:
+        step: [] int32, optimizer steps done; also the position in the data.
+        params: float32 parameters.
+        opt_state: the optimizer's state.
+    """
+
+    step: Int[Array, ""]
+    params: Variables
+    opt_state: optax.OptState
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW with warm-up, cosine decay and clipping by the global norm.
+
+    Decay touches matrices only (arrays of two or more axes), not biases, norms or gates, nor the
+    embedding tables, whose rows are mostly untouched in a step.
+
+    Args:
+        config: of the training.
+
+    Returns:
+        An optax transformation.
+
+    Example:
+        >>> from moe_jax.config import TrainConfig
+        >>> make_optimizer(TrainConfig()).init({"w": jnp.zeros(3)}) is not None
+        True
+    """
+    warmup = max(1, round(config.steps * config.warmup_fraction))
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(config.steps, warmup + 1),
+        end_value=config.learning_rate * config.final_fraction,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=_is_decayed,
+        ),
+    )
+
+
+def create_state(
+    model: MoELanguageModel, optimizer: optax.GradientTransformation, key: PRNGKey
+) -> TrainState:
+    """Initialises parameters and optimizer.
+
+    Args:
+        model: the model.
+        optimizer: from `make_optimizer`.
+        key: of the parameters.
+
+    Returns:
+        The state before the first step.
+
+    Example:
+        >>> from moe_jax.config import LanguageModelConfig, TrainConfig, tiny
+        >>> config = LanguageModelConfig(moe=tiny().replace(causal=True, expert="swiglu"))
+        >>> optimizer = make_optimizer(TrainConfig())
+        >>> int(create_state(MoELanguageModel(config), optimizer, jax.random.key(0)).step)
+        0
+    """
+
+    def init(key: PRNGKey) -> TrainState:
+        tokens = jnp.zeros((1, 8), jnp.int32)
+        graph = create_graph(model) if model.config.moe.memory_read else None
+        params = model.init(key, tokens, graph)["params"]
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(init)(key)
+
+
+def create_graph(model: MoELanguageModel) -> KnowledgeGraph:
+    """Returns an empty knowledge graph of the model's configured size.
+
+    Example:
+        >>> from moe_jax.config import LanguageModelConfig, tiny
+        >>> config = LanguageModelConfig(moe=tiny().replace(causal=True, expert="swiglu"))
+        >>> create_graph(MoELanguageModel(config)).num_nodes
+        64
+    """
+    return MoESystem(model.config.moe).create_graph()
+
+
+def _is_decayed(params: Variables) -> Variables:
+    def decays(path: tuple, leaf: Array) -> bool:
+        names = {str(getattr(part, "key", part)) for part in path}
+        return leaf.ndim >= 2 and not names & {"table", "embedding", "expert_embeddings", "smear"}
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,0 +1,259 @@
+"""The jitted training and evaluation steps."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax._types import Array, Bool, Float, Int, PRNGKey, Variables
+from moe_jax.config import RunConfig
+from moe_jax.data import Batch
+from moe_jax.graph import InsertInfo, KnowledgeGraph
+from moe_jax.librarian import Proposals
+from moe_jax.lm import LanguageModelOutput, MoELanguageModel
+from moe_jax.system import MoESystem
+from moe_jax.training.state import TrainState
+
+
+class Metrics(NamedTuple):
+    """What one training step measured, all on the device.
+
+    Attributes:
+        loss: mean cross entropy of the valid targets, nats.
+        auxiliary_loss: weighted routing and librarian losses.
+        confidence_loss: see `TrainConfig.confidence_weight`.
+        grad_norm: global norm before clipping.
+        load: [L, E] share of choices per layer and expert.
+        max_over_mean: [L] largest load over the mean.
+        dropped_fraction: [L] choices that found no slot.
+        nodes_created: nodes that the step wrote.
+        nodes_merged: proposals that merged into a node.
+        proposals_rejected: proposals the graph could not hold.
+        graph_nodes: live nodes after the step.
+        graph_updates: node updates in the graph's life.
+    """
+
+    loss: Float[Array, ""]
+    auxiliary_loss: Float[Array, ""]
+    confidence_loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    load: Float[Array, "L E"]
+    max_over_mean: Float[Array, "L"]
+    dropped_fraction: Float[Array, "L"]
+    nodes_created: Int[Array, ""]
+    nodes_merged: Int[Array, ""]
+    proposals_rejected: Int[Array, ""]
+    graph_nodes: Int[Array, ""]
+    graph_updates: Int[Array, ""]
+
+
+class EvalSums(NamedTuple):
+    """Sums over one held-out batch; add them up over batches, then divide.
+
+    Attributes:
+        nats: summed cross entropy of the valid targets.
+        count: valid targets.
+        load: [L, E] summed choices per layer and expert, over real inputs.
+        dropped: [L] summed dropped choices.
+        choices: summed choices per layer.
+    """
+
+    nats: Float[Array, ""]
+    count: Float[Array, ""]
+    load: Float[Array, "L E"]
+    dropped: Float[Array, "L"]
+    choices: Float[Array, ""]
+
+
+TrainStep = Callable[
+    [TrainState, KnowledgeGraph, Batch, PRNGKey], tuple[TrainState, KnowledgeGraph, Metrics]
+]
+
+
+def make_train_step(
+    model: MoELanguageModel, optimizer: optax.GradientTransformation, config: RunConfig
+) -> TrainStep:
+    """Returns the compiled training step; it donates the state and the graph.
+
+    The step splits the batch into `accumulate` micro-batches, averages their gradients over all
+    valid targets, updates the parameters, and writes the proposals of the micro-batches, in
+    order, into the graph. The graph that the model reads is the one before the step. Random
+    numbers depend on the key and the step alone, so a resumed run repeats an unbroken one.
+
+    Args:
+        model: the model.
+        optimizer: from `make_optimizer`.
+        config: of the run.
+
+    Returns:
+        (state, graph, batch, key) -> (state, graph, metrics).
+
+    Example:
+        >>> from moe_jax.config import smallest_run
+        >>> from moe_jax.training import create_graph, create_state, make_optimizer
+        >>> config = smallest_run()
+        >>> model, optimizer = MoELanguageModel(config.model), make_optimizer(config.training)
+        >>> state = create_state(model, optimizer, jax.random.key(0))
+        >>> ids, valid = jnp.zeros((4, 32), jnp.int32), jnp.ones((4, 32), bool)
+        >>> batch = Batch(ids, ids, valid, jnp.zeros((4, 2), jnp.int32))
+        >>> step = make_train_step(model, optimizer, config)
+        >>> state, graph, metrics = step(state, create_graph(model), batch, jax.random.key(1))
+        >>> int(state.step)
+        1
+    """
+    parts = config.training.accumulate
+
+    def step(
+        state: TrainState, graph: KnowledgeGraph, batch: Batch, key: PRNGKey
+    ) -> tuple[TrainState, KnowledgeGraph, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        total = jnp.maximum(jnp.sum(batch.is_valid), 1)
+
+        def micro(carry, inputs):
+            part, part_key = inputs
+            grad_fn = jax.value_and_grad(_loss, argnums=1, has_aux=True)
+            (_, aux), grads = grad_fn(model, state.params, graph, part, part_key, config, total)
+            return jax.tree.map(jnp.add, carry, grads), aux
+
+        split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        if parts == 1:
+            grads, aux = micro(zeros, jax.tree.map(lambda a: a[0], (split, key[None])))
+            aux = jax.tree.map(lambda a: a[None], aux)
+        else:
+            grads, aux = jax.lax.scan(micro, zeros, (split, jax.random.split(key, parts)))
+        (nats, auxiliary, confidence, stats), proposals = aux
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        written = (jnp.zeros((), jnp.int32),) * 3
+        if config.training.memory_write:
+            graph, info = _write(model, graph, proposals, state.step, config)
+            written = tuple(map(jnp.sum, (info.created, info.merged, info.rejected)))
+        new_state = TrainState(state.step + 1, params, opt_state)
+        return (
+            new_state,
+            graph,
+            Metrics(
+                loss=jnp.sum(nats) / total,
+                auxiliary_loss=jnp.mean(auxiliary),
+                confidence_loss=jnp.mean(confidence),
+                grad_norm=optax.tree.norm(grads),
+                load=jnp.mean(stats.load, axis=0),
+                max_over_mean=jnp.max(jnp.mean(stats.load, axis=0), axis=-1) * stats.load.shape[-1],
+                dropped_fraction=jnp.mean(stats.dropped_fraction, axis=0),
+                nodes_created=written[0],
+                nodes_merged=written[1],
+                proposals_rejected=written[2],
+                graph_nodes=graph.num_live,
+                graph_updates=graph.num_updates,
+            ),
+        )
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def make_eval_step(
+    model: MoELanguageModel,
+) -> Callable[[Variables, KnowledgeGraph, Batch], EvalSums]:
+    """Returns the compiled evaluation of one batch; nothing is written.
+
+    Args:
+        model: the model.
+
+    Returns:
+        (params, graph, batch) -> sums.
+
+    Example:
+        >>> from moe_jax.config import smallest_run
+        >>> from moe_jax.training import create_graph
+        >>> model = MoELanguageModel(smallest_run().model)
+        >>> ids, valid = jnp.zeros((4, 32), jnp.int32), jnp.ones((4, 32), bool)
+        >>> batch = Batch(ids, ids, valid, jnp.zeros((4, 2), jnp.int32))
+        >>> params = model.init(jax.random.key(0), ids)["params"]
+        >>> float(make_eval_step(model)(params, create_graph(model), batch).count)
+        128.0
+    """
+
+    def evaluate(params: Variables, graph: KnowledgeGraph, batch: Batch) -> EvalSums:
+        is_input = batch.is_input
+        out = model.apply({"params": params}, batch.tokens, graph, is_valid=is_input)
+        num_choices = model.config.moe.num_choices
+        choices = jnp.sum(is_input) * num_choices
+        return EvalSums(
+            nats=jnp.sum(_cross_entropy(out, batch)),
+            count=jnp.sum(batch.is_valid, dtype=jnp.float32),
+            load=out.stats.load * choices,
+            dropped=out.stats.dropped_fraction * choices,
+            choices=choices.astype(jnp.float32),
+        )
+
+    return jax.jit(evaluate)
+
+
+def _loss(
+    model: MoELanguageModel,
+    params: Variables,
+    graph: KnowledgeGraph,
+    batch: Batch,
+    key: PRNGKey,
+    config: RunConfig,
+    total: Int[Array, ""],
+):
+    """Loss of one micro-batch such that the micro-batches' gradients add up to the batch's."""
+    dropout, router = jax.random.split(key)
+    out = model.apply(
+        {"params": params},
+        batch.tokens,
+        graph,
+        is_valid=batch.is_input,
+        source=batch.source,
+        is_training=True,
+        rngs={"dropout": dropout, "router": router},
+    )
+    nats = _cross_entropy(out, batch)
+    confidence = _confidence_loss(out.moe.confidence, nats, batch.is_valid)
+    extra = out.auxiliary_loss + config.training.confidence_weight * confidence
+    loss = jnp.sum(nats) / total + extra / config.training.accumulate
+    report = (jnp.sum(nats), out.auxiliary_loss, confidence, out.stats)
+    return loss, (report, out.moe.proposals)
+
+
+def _cross_entropy(out: LanguageModelOutput, batch: Batch) -> Float[Array, "B S"]:
+    """Cross entropy of each valid target in nats, zero elsewhere."""
+    log_share = jax.nn.log_softmax(out.logits, axis=-1)
+    picked = jnp.take_along_axis(log_share, batch.targets[..., None], axis=-1)[..., 0]
+    return jnp.where(batch.is_valid, -picked, 0.0)
+
+
+def _confidence_loss(
+    confidence: Float[Array, "B S"], nats: Float[Array, "B S"], is_valid: Bool[Array, "B S"]
+) -> Float[Array, ""]:
+    """Binary cross entropy between confidence and the probability given to the right token."""
+    right = jnp.exp(-jax.lax.stop_gradient(nats))
+    sure = jnp.clip(confidence, 1e-6, 1 - 1e-6)
+    each = -(right * jnp.log(sure) + (1 - right) * jnp.log1p(-sure))
+    return jnp.sum(jnp.where(is_valid, each, 0.0)) / jnp.maximum(jnp.sum(is_valid), 1)
+
+
+def _write(
+    model: MoELanguageModel,
+    graph: KnowledgeGraph,
+    proposals: Proposals,
+    step: Int[Array, ""],
+    config: RunConfig,
+) -> tuple[KnowledgeGraph, InsertInfo]:
+    """Writes the proposals of all micro-batches when a write is due."""
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), proposals)
+
+    def write(graph: KnowledgeGraph) -> tuple[KnowledgeGraph, InsertInfo]:
+        return MoESystem(model.config.moe).write(graph, flat)
+
+    def skip(graph: KnowledgeGraph) -> tuple[KnowledgeGraph, InsertInfo]:
+        rows = flat.is_kept.shape[0]
+        no, nowhere = jnp.zeros(rows, bool), jnp.full(rows, graph.num_nodes, jnp.int32)
+        return graph, InsertInfo(nowhere, no, no, no, jnp.zeros(rows))
+
+    return jax.lax.cond(step % config.training.memory_write_every == 0, write, skip, graph)
