@@ -110,6 +110,8 @@ class MoEConfig(_Config):
         causal: no output may depend on a later token.
         load_balance_loss: "switch" (Fedus et al. 2022, eq. 4) or "mse", the original's.
         load_balance_weight: its weight.
+        balance_bias_rate: largest step of the bias that balances the choice of experts without a
+            loss (Wang et al. 2024); 0 for no bias. The training step moves it.
         router_z_weight: weight of the router z-loss (Zoph et al. 2022, eq. 5).
         dropout: rate, inside the experts.
         report_scope: one draft report per (sequence, expert), per (batch, expert), or none.
@@ -160,6 +162,7 @@ class MoEConfig(_Config):
     causal: bool = False
     load_balance_loss: Literal["switch", "mse"] = "switch"
     load_balance_weight: float = 0.01
+    balance_bias_rate: float = 0.0
     router_z_weight: float = 0.001
     dropout: float = 0.1
     report_scope: Literal["sequence", "batch", "none"] = "sequence"
@@ -208,7 +211,9 @@ class MoEConfig(_Config):
             *("memory_top_k", "memory_heads"),
         )
         _not_negative(
-            self, "load_balance_weight", "router_z_weight", "librarian_contrastive_weight"
+            self,
+            *("load_balance_weight", "balance_bias_rate", "router_z_weight"),
+            "librarian_contrastive_weight",
         )
         _between(self, 0.0, 1.0, "dropout", upper_open=True)
         _between(
@@ -328,6 +333,9 @@ class TrainConfig(_Config):
         batch_size: B, sequences per step.
         seq_len: S, tokens per sequence.
         learning_rate: AdamW's peak rate, after the warm-up.
+        router_rate_scale: the supervisors learn at this share of the rate: a router that moves
+            slower than its experts keeps the load even.
+        table_rate_scale: the n-gram tables learn at this multiple of the rate.
         warmup_fraction: share of the steps that warms up linearly.
         final_fraction: the cosine decays to this share of the peak.
         weight_decay: AdamW's decoupled decay, on matrices only.
@@ -338,8 +346,10 @@ class TrainConfig(_Config):
         accumulate: gradient accumulation: micro-batches per step; divides batch_size.
         confidence_weight: weight of the loss that teaches the experts' confidence to match the
             probability given to the right token.
-        memory_write: write the knowledge graph in every `memory_write_every`-th step.
+        memory_write: write the knowledge graph.
         memory_write_every: steps between two writes.
+        memory_write_from: share of the steps before the first write; what an untrained model
+            reports would fill the graph with noise.
         seed: of parameters, data order and dropout.
         log_every: steps between two lines of metrics.
         eval_every: steps between two held-out evaluations; 0 for one at the end only.
@@ -353,6 +363,8 @@ class TrainConfig(_Config):
     batch_size: int = 16
     seq_len: int = 256
     learning_rate: float = 3e-3
+    router_rate_scale: float = 1.0
+    table_rate_scale: float = 1.0
     warmup_fraction: float = 0.05
     final_fraction: float = 0.05
     weight_decay: float = 0.01
@@ -364,6 +376,7 @@ class TrainConfig(_Config):
     confidence_weight: float = 0.1
     memory_write: bool = True
     memory_write_every: int = 1
+    memory_write_from: float = 0.0
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
@@ -375,7 +388,16 @@ class TrainConfig(_Config):
     def _check(self) -> None:
         _positive(
             self,
-            *("steps", "batch_size", "seq_len", "learning_rate", "eps", "clip_norm"),
+            *(
+                "steps",
+                "batch_size",
+                "seq_len",
+                "learning_rate",
+                "router_rate_scale",
+                "table_rate_scale",
+                "eps",
+                "clip_norm",
+            ),
             *("accumulate", "memory_write_every", "log_every", "checkpoints_kept", "eval_bytes"),
         )
         _not_negative(
@@ -387,7 +409,7 @@ class TrainConfig(_Config):
             "seed",
             "eval_context",
         )
-        _between(self, 0.0, 1.0, "warmup_fraction", "final_fraction")
+        _between(self, 0.0, 1.0, "warmup_fraction", "final_fraction", "memory_write_from")
         _between(self, 0.0, 1.0, "beta1", "beta2", upper_open=True)
         _divides(self, "accumulate", "batch_size")
         if self.eval_context >= self.seq_len:
@@ -478,6 +500,7 @@ def byte_lm() -> RunConfig:
         eval_capacity_factor=2.0,
         dropout=0.0,
         load_balance_weight=0.02,
+        balance_bias_rate=0.02,
         max_kg_nodes=8192,
     )
     model = LanguageModelConfig(
@@ -491,7 +514,16 @@ def byte_lm() -> RunConfig:
     return RunConfig(
         model=model,
         training=TrainConfig(
-            steps=800, batch_size=16, seq_len=128, learning_rate=4e-3, weight_decay=0.05
+            steps=600,
+            batch_size=16,
+            seq_len=128,
+            learning_rate=4e-3,
+            router_rate_scale=0.1,
+            table_rate_scale=3.0,
+            weight_decay=0.05,
+            memory_write_every=4,
+            memory_write_from=0.5,
+            eval_every=200,
         ),
     )
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from moe_jax._types import Array, Dtype, Float, PRNGKey
 from moe_jax.routing import Choices, dense, noisy_topk, topk
 
+BALANCE_BIAS = "balance_bias"
+
 
 class SupervisorOutput(NamedTuple):
     """The supervisor's decision.
@@ -35,6 +37,8 @@ class Supervisor(nn.Module):
         top_k: K; ignored by the "dense" gating.
         num_heads: heads of the attention; divides D.
         gating_type: "topk", "noisy_topk" or "dense".
+        balance_bias: hold a parameter "balance_bias" [E] that sways which experts are chosen. It
+            has no gradient; `moe_jax.routing.balanced_bias` moves it.
         residual: add x to the attention's result; False is the original's gate, which sees
             only a mixture of expert embeddings.
 
@@ -52,6 +56,7 @@ class Supervisor(nn.Module):
     num_heads: int = 8
     gating_type: Literal["topk", "noisy_topk", "dense"] = "topk"
     residual: bool = True
+    balance_bias: bool = False
 
     @nn.compact
     def __call__(
@@ -80,6 +85,10 @@ class Supervisor(nn.Module):
         logits = nn.Dense(self.num_experts, kernel_init=_centred_orthogonal, name="gate_out")(
             hidden
         )
+        bias = None
+        if self.balance_bias:
+            bias = self.param(BALANCE_BIAS, nn.initializers.zeros, (self.num_experts,))
+            bias = jax.lax.stop_gradient(bias)
         match self.gating_type:
             case "dense":
                 choices = dense(logits)
@@ -87,9 +96,9 @@ class Supervisor(nn.Module):
                 zero = nn.initializers.zeros
                 noise = nn.Dense(self.num_experts, kernel_init=zero, name="noise")(seen)
                 key = self.make_rng("router") if is_training else None
-                choices = noisy_topk(logits, noise, self.top_k, key)
+                choices = noisy_topk(logits, noise, self.top_k, key, bias)
             case _:
-                choices = topk(logits, self.top_k)
+                choices = topk(logits, self.top_k, bias)
         return SupervisorOutput(logits=logits, choices=choices)
 
 

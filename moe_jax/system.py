@@ -96,6 +96,7 @@ class MoESystem(nn.Module):
             num_heads=c.num_gating_heads,
             gating_type=c.gating_type,
             residual=c.gating_residual,
+            balance_bias=c.balance_bias_rate > 0,
         )
         self.constellation = Constellation(
             supervisor=supervisor,

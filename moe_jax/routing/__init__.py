@@ -1,6 +1,7 @@
 """Routing: logits to choices, choices to slots, tokens to expert buffers and back."""
 
 from moe_jax.routing.choice import Choices as Choices
+from moe_jax.routing.choice import balanced_bias as balanced_bias
 from moe_jax.routing.choice import dense as dense
 from moe_jax.routing.choice import noisy_topk as noisy_topk
 from moe_jax.routing.choice import topk as topk

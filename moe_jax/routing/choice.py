@@ -20,7 +20,7 @@ class Choices(NamedTuple):
     weight: Float[Array, "B S K"]
 
 
-def topk(logits: Float[Array, "B S E"], k: int) -> Choices:
+def topk(logits: Float[Array, "B S E"], k: int, bias: Float[Array, "E"] | None = None) -> Choices:
     """Chooses the k largest logits, weighted by a softmax over those k.
 
     Equal to a softmax over all experts, cut to the k largest and normalised again. Ties go to the
@@ -29,9 +29,11 @@ def topk(logits: Float[Array, "B S E"], k: int) -> Choices:
     Args:
         logits: [B, S, E], any float dtype; taken as float32.
         k: experts per token, 1 to E.
+        bias: [E], added to decide who is chosen but not to weigh the chosen, as in loss-free
+            balancing (Wang et al. 2024, equation 3).
 
     Returns:
-        The choices of each token.
+        The choices of each token, best first by biased logit.
 
     Raises:
         ValueError: k is not in [1, E].
@@ -44,7 +46,10 @@ def topk(logits: Float[Array, "B S E"], k: int) -> Choices:
     num_experts = logits.shape[-1]
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must lie in [1, E={num_experts}], got {k}")
-    best, expert = jax.lax.top_k(logits.astype(jnp.float32), k)
+    logits = logits.astype(jnp.float32)
+    best, expert = jax.lax.top_k(logits if bias is None else logits + bias[None, None], k)
+    if bias is not None:
+        best = jnp.take_along_axis(logits, expert, axis=-1)
     return Choices(expert=expert.astype(jnp.int32), weight=jax.nn.softmax(best, axis=-1))
 
 
@@ -53,6 +58,7 @@ def noisy_topk(
     noise_logits: Float[Array, "B S E"],
     k: int,
     key: PRNGKey | None,
+    bias: Float[Array, "E"] | None = None,
 ) -> Choices:
     """Chooses by noisy logits: Shazeer et al. 2017, equations 3 to 5.
 
@@ -61,6 +67,7 @@ def noisy_topk(
         noise_logits: [B, S, E]; the noise of each logit has scale softplus(noise_logits).
         k: experts per token, 1 to E.
         key: of the noise; None for none, as outside training.
+        bias: [E], as in `topk`.
 
     Returns:
         The choices of each token.
@@ -75,7 +82,7 @@ def noisy_topk(
     if key is not None:
         scale = jax.nn.softplus(noise_logits.astype(jnp.float32))
         logits = logits + scale * jax.random.normal(key, logits.shape)
-    return topk(logits, k)
+    return topk(logits, k, bias)
 
 
 def dense(logits: Float[Array, "B S E"]) -> Choices:
@@ -93,3 +100,28 @@ def dense(logits: Float[Array, "B S E"]) -> Choices:
         Array([[[0.5, 0.5]]], dtype=float32)
     """
     return topk(logits, logits.shape[-1])
+
+
+def balanced_bias(
+    bias: Float[Array, "*L E"], load: Float[Array, "*L E"], rate: float
+) -> Float[Array, "*L E"]:
+    """One step of loss-free balancing: raises the bias of idle experts, lowers that of busy ones.
+
+    Wang et al. 2024, algorithm 1, with an error that is proportional near balance and clipped
+    far from it in place of its sign, so that it settles.
+
+    Args:
+        bias: [..., E] before.
+        load: [..., E] share of choices that each expert received; sums to 1.
+        rate: largest change.
+
+    Returns:
+        The bias after.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> balanced_bias(jnp.zeros(2), jnp.array([0.75, 0.25]), rate=0.1).tolist()
+        [-0.05000000074505806, 0.05000000074505806]
+    """
+    error = 1.0 - load * load.shape[-1]
+    return bias + rate * jnp.clip(error, -1.0, 1.0)

@@ -1,5 +1,12 @@
 """Training: state and optimizer, jitted steps, the loop, metrics."""
 
+from moe_jax.training.loop import Evaluator as Evaluator
+from moe_jax.training.loop import TrainResult as TrainResult
+from moe_jax.training.loop import train as train
+from moe_jax.training.metrics import JsonLines as JsonLines
+from moe_jax.training.metrics import as_record as as_record
+from moe_jax.training.metrics import read_metrics as read_metrics
+from moe_jax.training.metrics import summarise_eval as summarise_eval
 from moe_jax.training.state import TrainState as TrainState
 from moe_jax.training.state import create_graph as create_graph
 from moe_jax.training.state import create_state as create_state

@@ -1,5 +1,6 @@
 """The training state and the optimizer."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
             mask=_is_decayed,
         ),
+        optax.masked(optax.scale(config.router_rate_scale), _named("supervisor")),
+        optax.masked(optax.scale(config.table_rate_scale), _named("table")),
     )
 
 
@@ -108,8 +111,15 @@ def create_graph(model: MoELanguageModel) -> KnowledgeGraph:
 
 
 def _is_decayed(params: Variables) -> Variables:
-    def decays(path: tuple, leaf: Array) -> bool:
-        names = {str(getattr(part, "key", part)) for part in path}
-        return leaf.ndim >= 2 and not names & {"table", "embedding", "expert_embeddings", "smear"}
+    is_exempt = _named("table", "embedding", "expert_embeddings", "smear")(params)
+    return jax.tree.map(lambda leaf, exempt: leaf.ndim >= 2 and not exempt, params, is_exempt)
 
-    return jax.tree_util.tree_map_with_path(decays, params)
+
+def _named(*names: str) -> Callable[[Variables], Variables]:
+    """A mask of the leaves whose path has one of the names."""
+
+    def is_named(path: tuple, leaf: Array) -> bool:
+        del leaf
+        return any(part.key in names for part in path)
+
+    return lambda params: jax.tree_util.tree_map_with_path(is_named, params)

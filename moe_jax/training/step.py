@@ -13,6 +13,8 @@ from moe_jax.data import Batch
 from moe_jax.graph import InsertInfo, KnowledgeGraph
 from moe_jax.librarian import Proposals
 from moe_jax.lm import LanguageModelOutput, MoELanguageModel
+from moe_jax.routing import balanced_bias
+from moe_jax.supervisor import BALANCE_BIAS
 from moe_jax.system import MoESystem
 from moe_jax.training.state import TrainState
 
@@ -128,6 +130,8 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        load = jnp.mean(stats.load, axis=0)
+        params = _rebalanced(params, load, config.model.moe.balance_bias_rate)
         written = (jnp.zeros((), jnp.int32),) * 3
         if config.training.memory_write:
             graph, info = _write(model, graph, proposals, state.step, config)
@@ -141,8 +145,8 @@ def make_train_step(
                 auxiliary_loss=jnp.mean(auxiliary),
                 confidence_loss=jnp.mean(confidence),
                 grad_norm=optax.tree.norm(grads),
-                load=jnp.mean(stats.load, axis=0),
-                max_over_mean=jnp.max(jnp.mean(stats.load, axis=0), axis=-1) * stats.load.shape[-1],
+                load=load,
+                max_over_mean=jnp.max(load, axis=-1) * load.shape[-1],
                 dropped_fraction=jnp.mean(stats.dropped_fraction, axis=0),
                 nodes_created=written[0],
                 nodes_merged=written[1],
@@ -221,6 +225,21 @@ def _loss(
     return loss, (report, out.moe.proposals)
 
 
+def _rebalanced(params: Variables, load: Float[Array, "L E"], rate: float) -> Variables:
+    """Moves each layer's balance bias against its load."""
+    if rate == 0:
+        return params
+
+    def move(path: tuple, leaf: Array) -> Array:
+        names = [str(part.key) for part in path]
+        if names[-1] != BALANCE_BIAS:
+            return leaf
+        layer = int(names[0].removeprefix("blocks_"))
+        return balanced_bias(leaf, load[layer], rate)
+
+    return jax.tree_util.tree_map_with_path(move, params)
+
+
 def _cross_entropy(out: LanguageModelOutput, batch: Batch) -> Float[Array, "B S"]:
     """Cross entropy of each valid target in nats, zero elsewhere."""
     log_share = jax.nn.log_softmax(out.logits, axis=-1)
@@ -256,4 +275,6 @@ def _write(
         no, nowhere = jnp.zeros(rows, bool), jnp.full(rows, graph.num_nodes, jnp.int32)
         return graph, InsertInfo(nowhere, no, no, no, jnp.zeros(rows))
 
-    return jax.lax.cond(step % config.training.memory_write_every == 0, write, skip, graph)
+    c = config.training
+    is_due = (step % c.memory_write_every == 0) & (step >= round(c.memory_write_from * c.steps))
+    return jax.lax.cond(is_due, write, skip, graph)

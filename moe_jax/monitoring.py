@@ -1,0 +1,149 @@
+"""Plots of a run and of a graph."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moe_jax.graph import KnowledgeGraph
+
+_INK, _FAINT = "#1f4e79", "#9aa5b1"
+
+
+def save_plots(
+    directory: Path,
+    records: Sequence[Mapping[str, Any]],
+    graph: KnowledgeGraph,
+    *,
+    references: Mapping[str, float] | None = None,
+) -> list[Path]:
+    """Draws a run's learning curve, expert load and knowledge graph as PNG files.
+
+    Args:
+        directory: of the plots; created when absent.
+        records: of ``metrics.jsonl``.
+        graph: the graph at the end.
+        references: bits per byte of other models, drawn beside the learning curve.
+
+    Returns:
+        The paths, in the order above.
+
+    Example:
+        >>> import tempfile
+        >>> from moe_jax.graph import KnowledgeGraph
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     paths = save_plots(Path(folder), [], KnowledgeGraph.create(8, 2))
+        ...     [path.name for path in paths]
+        ['learning.png', 'load.png', 'graph.png']
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    drawings = {
+        "learning.png": lambda axes: plot_learning(axes, records, references or {}),
+        "load.png": lambda axes: plot_load(axes, records),
+        "graph.png": lambda axes: plot_graph(axes, graph),
+    }
+    paths = []
+    for name, draw in drawings.items():
+        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+        draw(figure.subplots())
+        figure.savefig(directory / name, dpi=120)
+        paths.append(directory / name)
+    return paths
+
+
+def plot_learning(
+    axes: Axes, records: Sequence[Mapping[str, Any]], references: Mapping[str, float]
+) -> None:
+    """Draws bits per byte against steps, with held-out evaluations and references.
+
+    Args:
+        axes: to draw on.
+        records: of ``metrics.jsonl``.
+        references: name to bits per byte, drawn as dotted lines.
+    """
+    losses = [(r["step"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r]
+    if losses:
+        axes.plot(*zip(*losses, strict=True), color=_INK, lw=1.2, label="training")
+    held = [(r["step"], r["eval_bits_per_byte"]) for r in records if "eval_bits_per_byte" in r]
+    if held:
+        axes.plot(*zip(*held, strict=True), "o", color="#c0392b", label="held out")
+    for name, value in references.items():
+        axes.axhline(value, color=_FAINT, ls=":", lw=1.2)
+        axes.annotate(
+            f"{name} {value:.2f}",
+            (1.0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 2),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color="#5f6b76",
+        )
+    _finish(axes, "Learning", "step", "bits per byte")
+    if losses or held:
+        axes.legend(frameon=False)
+
+
+def plot_load(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+    """Draws each expert's share of the held-out choices, one group of bars per layer.
+
+    Args:
+        axes: to draw on.
+        records: of ``metrics.jsonl``; the last evaluation is drawn, else the last step.
+    """
+    loads = [r.get("eval_load", r.get("load")) for r in records]
+    load = np.atleast_2d(next((v for v in reversed(loads) if v), np.zeros((1, 1))))
+    layers, experts = load.shape
+    width = 0.8 / layers
+    for layer in range(layers):
+        at = np.arange(experts) + (layer - (layers - 1) / 2) * width
+        shade = 0.45 + 0.55 * (layer + 1) / layers
+        axes.bar(at, load[layer], width, color=_INK, alpha=shade, label=f"layer {layer}")
+    axes.axhline(1 / experts, color="#c0392b", lw=1, ls="--", label="perfect balance")
+    axes.set_ylim(0, max(float(load.max()) * 1.3, 1e-3))
+    _finish(axes, "Expert load", "expert", "share of choices")
+    axes.legend(frameon=False, ncols=3, fontsize=8)
+
+
+def plot_graph(axes: Axes, graph: KnowledgeGraph, *, max_nodes: int = 600) -> None:
+    """Draws live nodes on the two main axes of their keys, with the edges between them.
+
+    Args:
+        axes: to draw on.
+        graph: the graph.
+        max_nodes: nodes drawn, those with the most hits first.
+    """
+    live = np.flatnonzero(np.asarray(graph.is_live))
+    hits = np.asarray(graph.hits)
+    live = live[np.argsort(-hits[live], kind="stable")][:max_nodes]
+    _finish(axes, f"Knowledge graph: {int(graph.num_live)} nodes", "", "")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if len(live) < 3:
+        axes.text(0.5, 0.5, "too few nodes to draw", ha="center", transform=axes.transAxes)
+        return
+    keys = np.asarray(graph.key)[live]
+    keys = keys - keys.mean(axis=0)
+    _, _, basis = np.linalg.svd(keys, full_matrices=False)
+    spots = keys @ basis[:2].T
+    place = {int(node): spot for node, spot in zip(live, spots, strict=True)}
+    targets = np.asarray(graph.edge_target)[live]
+    for start, ends in zip(live, targets, strict=True):
+        for end in ends:
+            if int(end) in place:
+                line = np.stack([place[int(start)], place[int(end)]])
+                axes.plot(line[:, 0], line[:, 1], color=_FAINT, lw=0.4, alpha=0.35, zorder=1)
+    experts = np.asarray(graph.expert_id)[live]
+    size = 8 + 22 * np.log1p(hits[live]) / np.log1p(max(int(hits[live].max()), 1))
+    dots = axes.scatter(*spots.T, c=experts, s=size, cmap="turbo", zorder=2, linewidths=0)
+    axes.figure.colorbar(dots, ax=axes, label="expert")
+
+
+def _finish(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)

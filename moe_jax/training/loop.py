@@ -1,0 +1,195 @@
+"""The training loop: batches in, metrics, evaluations and checkpoints out."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax._types import Variables
+from moe_jax.checkpoint import Checkpoints, GraphCheckpoints
+from moe_jax.config import RunConfig
+from moe_jax.data import Batch, Corpus, held_out_batches, training_batches
+from moe_jax.graph import KnowledgeGraph
+from moe_jax.lm import MoELanguageModel
+from moe_jax.training.metrics import JsonLines, as_record, summarise_eval
+from moe_jax.training.state import TrainState, create_graph, create_state, make_optimizer
+from moe_jax.training.step import make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a training leaves behind.
+
+    Attributes:
+        state: after the last step.
+        graph: the knowledge graph.
+        evaluation: the last held-out evaluation, see `summarise_eval`.
+        seconds: wall time of the steps, compilation and evaluations included.
+    """
+
+    state: TrainState
+    graph: KnowledgeGraph
+    evaluation: dict[str, Any]
+    seconds: float
+
+
+def train(
+    config: RunConfig,
+    corpus: Corpus,
+    *,
+    directory: Path | None = None,
+    resume: bool = False,
+    on_step: Callable[[int, dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Trains a language model and its knowledge graph.
+
+    Writes ``metrics.jsonl`` and ``checkpoints/`` under `directory`. A step's batch, dropout and
+    routing noise depend on the seed and the step alone, and a checkpoint holds everything else,
+    so a resumed run repeats the unbroken one number for number on the same machine.
+
+    Args:
+        config: of the run.
+        corpus: the text.
+        directory: of the run; None to write nothing.
+        resume: go on from the newest complete checkpoint of `directory`, or from the start where
+            there is none.
+        on_step: called with (step, record) after every logged step; with an empty record after
+            every other.
+
+    Returns:
+        The last state, graph and evaluation.
+
+    Example:
+        >>> from moe_jax.config import smallest_run
+        >>> from moe_jax.data import load_corpus
+        >>> result = train(smallest_run(), load_corpus())
+        >>> int(result.state.step)
+        6
+    """
+    c = config.training
+    model, optimizer = MoELanguageModel(config.model), make_optimizer(c)
+    init_key, step_key = jax.random.split(jax.random.key(c.seed))
+    state = create_state(model, optimizer, init_key)
+    graph = create_graph(model)
+    keeper = _Keeper(config, directory)
+    if resume:
+        state, graph = keeper.restore(state, graph)
+    first = int(state.step)
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        lines = JsonLines(directory / "metrics.jsonl", last_step=first)
+
+    batches = training_batches(corpus, batch_size=c.batch_size, seq_len=c.seq_len, seed=c.seed)
+    step_fn = make_train_step(model, optimizer, config)
+    evaluate = Evaluator(model, corpus, config)
+    evaluation: dict[str, Any] = {}
+    began = last_logged = time.perf_counter()
+    logged_step = first
+    for step in range(first + 1, c.steps + 1):
+        batch = jax.device_put(batches[step - 1])
+        state, graph, metrics = step_fn(state, graph, batch, step_key)
+        record: dict[str, Any] = {}
+        is_last = step == c.steps
+        if step % c.log_every == 0 or is_last:
+            record = {"step": step, **as_record(jax.device_get(metrics))}
+            now = time.perf_counter()
+            tokens = (step - logged_step) * c.batch_size * c.seq_len
+            record["tokens_per_second"] = tokens / (now - last_logged)
+            last_logged, logged_step = now, step
+        if is_last or (c.eval_every and step % c.eval_every == 0):
+            evaluation = evaluate(state.params, graph)
+            record = {"step": step, **record, **evaluation}
+            last_logged, logged_step = time.perf_counter(), step
+        if record and directory is not None:
+            lines.write(record)
+        if is_last or (c.save_every and step % c.save_every == 0):
+            keeper.save(state, graph)
+        if on_step is not None:
+            on_step(step, record)
+    keeper.close()
+    if not evaluation:
+        evaluation = evaluate(state.params, graph)
+    return TrainResult(state, graph, evaluation, time.perf_counter() - began)
+
+
+class Evaluator:
+    """Held-out bits per byte, load and drops; compiled once, reused through a run.
+
+    Args:
+        model: the model.
+        corpus: the text; its held-out files are sampled, each at least once.
+        config: of the run.
+
+    Example:
+        >>> from moe_jax.config import smallest_run
+        >>> from moe_jax.data import load_corpus
+        >>> config = smallest_run()
+        >>> model = MoELanguageModel(config.model)
+        >>> params = model.init(jax.random.key(0), jnp.zeros((1, 8), int))["params"]
+        >>> result = Evaluator(model, load_corpus(), config)(params, create_graph(model))
+        >>> result["eval_bits_per_byte"] > 5
+        True
+    """
+
+    def __init__(self, model: MoELanguageModel, corpus: Corpus, config: RunConfig) -> None:
+        c = config.training
+        self._step = make_eval_step(model)
+        self._batches: list[Batch] = held_out_batches(
+            corpus,
+            batch_size=c.batch_size,
+            seq_len=c.seq_len,
+            min_bytes=c.eval_bytes,
+            context=c.eval_context,
+        )
+
+    def __call__(self, params: Variables, graph: KnowledgeGraph) -> dict[str, Any]:
+        """Evaluates on the whole held-out sample."""
+        total = None
+        for batch in self._batches:
+            sums = self._step(params, graph, jax.device_put(batch))
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        return summarise_eval(jax.device_get(total))
+
+
+class _Keeper:
+    """The run's checkpoints: everything at given steps, the graph by its own count of updates."""
+
+    def __init__(self, config: RunConfig, directory: Path | None) -> None:
+        self._config = config
+        moe, training = config.model.moe, config.training
+        self._run = None
+        if directory is not None:
+            self._run = Checkpoints(directory / "checkpoints", keep=training.checkpoints_kept)
+        self._graphs = None
+        if moe.kg_checkpoint_dir is not None:
+            self._graphs = GraphCheckpoints(
+                moe.kg_checkpoint_dir, interval=moe.kg_save_interval, keep=moe.kg_checkpoints_kept
+            )
+
+    def save(self, state: TrainState, graph: KnowledgeGraph) -> None:
+        step = int(jax.device_get(state.step))
+        if self._run is not None:
+            note = {"config": self._config.to_dict(), "data_position": step}
+            self._run.save(step, {"state": state, "graph": graph}, note)
+        if self._graphs is not None:
+            self._graphs.maybe_save(graph)
+
+    def restore(
+        self, state: TrainState, graph: KnowledgeGraph
+    ) -> tuple[TrainState, KnowledgeGraph]:
+        if self._run is None or self._run.latest() is None:
+            return state, graph
+        _, tree, note = self._run.restore({"state": state, "graph": graph})
+        saved = RunConfig.from_dict(note["config"])
+        if saved.model != self._config.model:
+            raise ValueError("the checkpoint was saved with another config.model")
+        return tree["state"], tree["graph"]
+
+    def close(self) -> None:
+        for checkpoints in (self._run, self._graphs):
+            if checkpoints is not None:
+                checkpoints.close()

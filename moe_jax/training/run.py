@@ -1,0 +1,309 @@
+"""Run folders: start, resume, open and ask them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax._types import Variables
+from moe_jax.checkpoint import CheckpointError, Checkpoints
+from moe_jax.config import RunConfig
+from moe_jax.data import (
+    BOS,
+    ContextModel,
+    Corpus,
+    Manifest,
+    Snippet,
+    held_out_bytes,
+    load_corpus,
+    load_manifest,
+    locate,
+    manifest,
+    save_manifest,
+    xz_bits_per_byte,
+)
+from moe_jax.graph import KnowledgeGraph
+from moe_jax.lm import MoELanguageModel
+from moe_jax.system import search_reports
+from moe_jax.training.loop import TrainResult, train
+from moe_jax.training.state import create_graph, create_state, make_optimizer
+
+_CONFIG, _MANIFEST = "config.json", "data.json"
+_QUERY_MULTIPLE = 32
+
+
+class RunError(Exception):
+    """A run folder cannot be used as asked; the message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Insight:
+    """One node of the graph that answers a query.
+
+    Attributes:
+        node: its id.
+        similarity: cosine to the query's closest report.
+        expert: which expert reported it, by id.
+        confidence: of that expert, 0 to 1.
+        hits: reports that the node stands for.
+        snippet: the source line it came from.
+    """
+
+    node: int
+    similarity: float
+    expert: int
+    confidence: float
+    hits: int
+    snippet: Snippet
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished or interrupted run, opened for reading.
+
+    Attributes:
+        directory: the run folder.
+        config: of the run.
+        step: the optimizer step of the newest complete checkpoint.
+        model: the model.
+        params: its parameters.
+        graph: its knowledge graph.
+        sources: the documents that nodes point into.
+    """
+
+    directory: Path
+    config: RunConfig
+    step: int
+    model: MoELanguageModel
+    params: Variables
+    graph: KnowledgeGraph
+    sources: Manifest
+
+    def query(self, text: str, k: int = 5) -> list[Insight]:
+        """Finds the insights nearest to a text.
+
+        The text takes the way of any input; of a text longer than the model's `max_length` the
+        end is used.
+
+        Args:
+            text: any text, not blank.
+            k: insights wanted.
+
+        Returns:
+            At most k insights, nearest first.
+
+        Raises:
+            RunError: the text is blank, or k is out of range.
+        """
+        if not text.strip():
+            raise RunError("the query is empty")
+        if not 1 <= k <= self.graph.num_nodes:
+            raise RunError(f"k must lie in [1, {self.graph.num_nodes}], got {k}")
+        longest = self.config.model.max_length
+        data = np.frombuffer(text.encode(), np.uint8)[-(longest - 1) :].astype(np.int32)
+        length = min(longest, -(-(len(data) + 1) // _QUERY_MULTIPLE) * _QUERY_MULTIPLE)
+        tokens, is_valid = np.zeros((1, length), np.int32), np.zeros((1, length), bool)
+        tokens[0, : len(data) + 1] = [BOS, *data]
+        is_valid[0, : len(data) + 1] = True
+        out = jax.jit(self.model.apply)(
+            {"params": self.params}, jnp.asarray(tokens), self.graph, is_valid=jnp.asarray(is_valid)
+        )
+        use_faiss = self.config.model.moe.use_faiss
+        hits = search_reports(self.graph, out.moe, k, use_faiss=use_faiss)
+        found = [int(i) for i, ok in zip(hits.ids[0], hits.is_valid[0], strict=True) if ok]
+        return [
+            self._insight(node, float(s)) for node, s in zip(found, hits.scores[0], strict=False)
+        ]
+
+    def _insight(self, node: int, similarity: float) -> Insight:
+        document, offset = (int(v) for v in self.graph.source[node])
+        return Insight(
+            node=node,
+            similarity=similarity,
+            expert=int(self.graph.expert_id[node]),
+            confidence=float(self.graph.confidence[node]),
+            hits=int(self.graph.hits[node]),
+            snippet=locate(self.sources, document, offset),
+        )
+
+
+def start_run(
+    directory: Path,
+    config: RunConfig,
+    *,
+    data: Sequence[Path] | None = None,
+    on_step: Callable[[int, dict[str, Any]], None] | None = None,
+) -> tuple[TrainResult, Corpus]:
+    """Starts a new run in an empty or absent folder.
+
+    Args:
+        directory: of the run.
+        config: of the run.
+        data: files and folders; None for the Python standard library's source.
+        on_step: see `moe_jax.training.train`.
+
+    Returns:
+        The training's result and the corpus.
+
+    Raises:
+        RunError: the folder holds something already.
+        ValueError: the data cannot be used.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise RunError(f"{directory} is not empty: choose another folder, or resume the run in it")
+    corpus = load_corpus(data)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / _CONFIG).write_text(config.to_json() + "\n")
+    save_manifest(corpus, directory / _MANIFEST)
+    return train(config, corpus, directory=directory, on_step=on_step), corpus
+
+
+def resume_run(
+    directory: Path,
+    *,
+    steps: int | None = None,
+    data: Sequence[Path] | None = None,
+    on_step: Callable[[int, dict[str, Any]], None] | None = None,
+) -> tuple[TrainResult, Corpus]:
+    """Goes on with an interrupted run from its newest complete checkpoint.
+
+    Args:
+        directory: of the run.
+        steps: another number of steps in all; None for the run's own.
+        data: the same files and folders as at the start.
+        on_step: see `moe_jax.training.train`.
+
+    Returns:
+        The training's result and the corpus.
+
+    Raises:
+        RunError: there is no run in the folder, or its data has changed.
+        CheckpointError: a checkpoint cannot be read.
+    """
+    config = read_config(directory)
+    if steps is not None and steps != config.training.steps:
+        config = config.replace(training=config.training.replace(steps=steps))
+        (directory / _CONFIG).write_text(config.to_json() + "\n")
+    corpus = load_corpus(data)
+    if manifest(corpus) != load_manifest(directory / _MANIFEST):
+        raise RunError(f"the data is not what {directory} was started with")
+    return train(config, corpus, directory=directory, resume=True, on_step=on_step), corpus
+
+
+def open_run(directory: Path) -> Run:
+    """Opens a run folder for reading.
+
+    Args:
+        directory: of the run.
+
+    Returns:
+        The run at its newest complete checkpoint.
+
+    Raises:
+        RunError: there is no such run, or its files are damaged.
+        CheckpointError: there is no complete checkpoint, or it cannot be read.
+    """
+    config = read_config(directory)
+    try:
+        sources = load_manifest(directory / _MANIFEST)
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{directory / _MANIFEST} cannot be read: {error}") from error
+    model = MoELanguageModel(config.model)
+    optimizer = make_optimizer(config.training)
+    like = {
+        "state": jax.eval_shape(lambda key: create_state(model, optimizer, key), jax.random.key(0)),
+        "graph": jax.eval_shape(lambda: create_graph(model)),
+    }
+    on_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_one), like)
+    step, tree, _ = Checkpoints(directory / "checkpoints").restore(like)
+    return Run(directory, config, step, model, tree["state"].params, tree["graph"], sources)
+
+
+def read_config(directory: Path) -> RunConfig:
+    """Reads a run folder's config.
+
+    Raises:
+        RunError: there is no run in the folder, or the config is damaged.
+    """
+    path = directory / _CONFIG
+    if not path.is_file():
+        raise RunError(f"no run in {directory}: it has no {_CONFIG}")
+    try:
+        return RunConfig.from_json(path.read_text())
+    except (ValueError, OSError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def baselines(corpus: Corpus, config: RunConfig) -> dict[str, float]:
+    """Bits per byte of context models and xz on the very bytes that the model is judged by.
+
+    Args:
+        corpus: the text.
+        config: of the run; gives the held-out sample.
+
+    Returns:
+        Name to bits per byte.
+
+    Example:
+        >>> from moe_jax.config import smallest_run
+        >>> sorted(baselines(load_corpus(), smallest_run()))
+        ['order-0 context model', 'order-2 context model', 'xz -9e']
+    """
+    c = config.training
+    samples = held_out_bytes(
+        corpus, seq_len=c.seq_len, min_bytes=c.eval_bytes, context=c.eval_context
+    )
+    documents = corpus.split(held_out=False)
+    result = {
+        f"order-{order} context model": ContextModel.fit(documents, order=order).bits_per_byte(
+            samples
+        )
+        for order in (0, 2)
+    }
+    return {**result, "xz -9e": xz_bits_per_byte(samples)}
+
+
+def sample_queries(corpus: Corpus, count: int = 3) -> list[str]:
+    """Lines of held-out text to ask a fresh graph about; the same for the same corpus.
+
+    Args:
+        corpus: the text.
+        count: lines wanted.
+
+    Returns:
+        At most `count` lines, from the middle of different held-out documents.
+
+    Example:
+        >>> len(sample_queries(load_corpus()))
+        3
+    """
+    found: list[str] = []
+    documents = corpus.split(held_out=True)
+    for document in sorted(documents, key=len, reverse=True):
+        lines = document.tobytes().decode("utf-8", errors="replace").splitlines()
+        for line in lines[len(lines) // 2 :]:
+            if 20 <= len(line.strip()) <= 60:
+                found.append(line.strip())
+                break
+        if len(found) == count:
+            break
+    return found
+
+
+__all__ = [
+    "CheckpointError",
+    "Insight",
+    "Run",
+    "RunError",
+    "baselines",
+    "open_run",
+    "read_config",
+    "resume_run",
+    "sample_queries",
+    "start_run",
+]
