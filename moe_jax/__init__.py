@@ -11,3 +11,12 @@ from moe_jax.system import MoEOutput as MoEOutput
 from moe_jax.system import MoESystem as MoESystem
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Imports a room when it is first asked for, so that ``import moe_jax`` stays quick."""
+    import importlib
+
+    if name in ("checkpoint", "data", "experts", "interop", "lm", "monitoring", "training"):
+        return importlib.import_module(f"moe_jax.{name}")
+    raise AttributeError(f"module 'moe_jax' has no attribute {name!r}")

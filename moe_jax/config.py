@@ -501,7 +501,8 @@ def byte_lm() -> RunConfig:
         dropout=0.0,
         load_balance_weight=0.02,
         balance_bias_rate=0.02,
-        max_kg_nodes=8192,
+        max_kg_nodes=2048,
+        memory_read=True,
     )
     model = LanguageModelConfig(
         moe=moe,
@@ -514,15 +515,15 @@ def byte_lm() -> RunConfig:
     return RunConfig(
         model=model,
         training=TrainConfig(
-            steps=600,
+            steps=500,
             batch_size=16,
             seq_len=128,
             learning_rate=4e-3,
             router_rate_scale=0.1,
             table_rate_scale=3.0,
             weight_decay=0.05,
-            memory_write_every=4,
-            memory_write_from=0.5,
+            memory_write_every=10,
+            memory_write_from=0.3,
             eval_every=200,
         ),
     )

@@ -47,9 +47,10 @@ def topk(logits: Float[Array, "B S E"], k: int, bias: Float[Array, "E"] | None =
     if not 1 <= k <= num_experts:
         raise ValueError(f"k must lie in [1, E={num_experts}], got {k}")
     logits = logits.astype(jnp.float32)
-    best, expert = jax.lax.top_k(logits if bias is None else logits + bias[None, None], k)
-    if bias is not None:
-        best = jnp.take_along_axis(logits, expert, axis=-1)
+    rank = jax.lax.stop_gradient(logits if bias is None else logits + bias[None, None])
+    # top_k puts -0.0 below 0.0, which would decide a tie by a sign that means nothing.
+    _, expert = jax.lax.top_k(jnp.where(rank == 0, 0.0, rank), k)
+    best = jnp.take_along_axis(logits, expert, axis=-1)
     return Choices(expert=expert.astype(jnp.int32), weight=jax.nn.softmax(best, axis=-1))
 
 

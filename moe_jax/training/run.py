@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax._types import Variables
-from moe_jax.checkpoint import CheckpointError, Checkpoints
+from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import RunConfig
 from moe_jax.data import (
     BOS,
@@ -293,17 +293,3 @@ def sample_queries(corpus: Corpus, count: int = 3) -> list[str]:
         if len(found) == count:
             break
     return found
-
-
-__all__ = [
-    "CheckpointError",
-    "Insight",
-    "Run",
-    "RunError",
-    "baselines",
-    "open_run",
-    "read_config",
-    "resume_run",
-    "sample_queries",
-    "start_run",
-]

@@ -1,0 +1,156 @@
+"""What a run shows on a terminal: progress, the closing table, insights."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from moe_jax.training.run import Insight, Run
+
+
+class TrainingProgress:
+    """A progress bar with the last logged loss and speed.
+
+    Args:
+        steps: optimizer steps in all.
+        console: to draw on.
+
+    Example:
+        >>> with TrainingProgress(2, Console(quiet=True)) as progress:
+        ...     progress.update(1, {"bits_per_byte": 3.0, "tokens_per_second": 1e4})
+    """
+
+    def __init__(self, steps: int, console: Console) -> None:
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("training", total=steps, note="compiling")
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, record: Mapping[str, Any]) -> None:
+        """Moves the bar; a logged step's record refreshes the numbers beside it."""
+        note = {}
+        if "bits_per_byte" in record:
+            text = f"{record['bits_per_byte']:.2f} bits per byte"
+            if "tokens_per_second" in record:
+                text += f", {record['tokens_per_second']:,.0f} tokens/s"
+            note = {"note": text}
+        self._bar.update(self._task, completed=step, **note)
+
+
+def closing_table(
+    evaluation: Mapping[str, Any], baselines: Mapping[str, float], graph_nodes: int
+) -> Table:
+    """The held-out result beside the baselines', with balance, drops and graph size.
+
+    Args:
+        evaluation: see `moe_jax.training.summarise_eval`.
+        baselines: name to bits per byte on the same bytes.
+        graph_nodes: live nodes.
+
+    Returns:
+        A table to print.
+
+    Example:
+        >>> evaluation = {"eval_bits_per_byte": 1.5, "eval_max_over_mean": [1.1],
+        ...               "eval_dropped_fraction": [0.01]}
+        >>> closing_table(evaluation, {"xz -9e": 2.5}, 10).row_count
+        5
+    """
+    table = Table(title="held-out result", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("bits per byte: this model", f"{evaluation['eval_bits_per_byte']:.3f}")
+    for name, value in baselines.items():
+        table.add_row(f"bits per byte: {name}", f"{value:.3f}")
+    worst = max(evaluation["eval_max_over_mean"])
+    table.add_row("expert load, max over mean (worst layer)", f"{worst:.2f}")
+    dropped = max(evaluation["eval_dropped_fraction"])
+    table.add_row("dropped choices (worst layer)", f"{dropped:.2%}")
+    table.add_row("knowledge graph nodes", f"{graph_nodes:,}")
+    return table
+
+
+def insight_table(query: str, insights: Sequence[Insight], names: Sequence[str] = ()) -> Table:
+    """Insights found for a query, nearest first.
+
+    Args:
+        query: what was asked.
+        insights: what was found.
+        names: of the experts; empty to show ids.
+
+    Returns:
+        A table to print.
+
+    Example:
+        >>> insight_table("def f():", []).row_count
+        0
+    """
+    # Text, not str: source code is full of what rich would take for markup.
+    table = Table(title=Text(f"query: {query}"), title_justify="left")
+    for name in ("similarity", "expert", "confidence"):
+        table.add_column(name, justify="right", min_width=len(name))
+    table.add_column("source", overflow="ellipsis", no_wrap=True, min_width=18)
+    table.add_column("line", overflow="ellipsis", no_wrap=True, ratio=1)
+    for insight in insights:
+        snippet = insight.snippet
+        where = f"{snippet.name}:{snippet.line_number}" if not snippet.problem else snippet.name
+        text = f"({snippet.problem})" if snippet.problem else snippet.text.strip()
+        expert = names[insight.expert] if names else str(insight.expert)
+        sure = f"{insight.confidence:.2f}"
+        table.add_row(f"{insight.similarity:.3f}", Text(expert), sure, Text(where), Text(text))
+    return table
+
+
+def run_table(run: Run, records: Sequence[Mapping[str, Any]]) -> Table:
+    """What a run folder holds.
+
+    Args:
+        run: an opened run.
+        records: of its metrics.
+
+    Returns:
+        A table to print.
+    """
+    c = run.config
+    table = Table(title=Text(str(run.directory)), title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    moe = c.model.moe
+    table.add_row("step", f"{run.step} of {c.training.steps}")
+    table.add_row("model", f"{c.model.num_layers} layers, width {moe.input_dim}")
+    table.add_row("experts", f"{moe.num_experts} {moe.expert}, {moe.num_choices} per token")
+    table.add_row("graph", f"{int(run.graph.num_live):,} of {run.graph.num_nodes:,} nodes")
+    table.add_row("documents", f"{len(run.sources['files']):,}")
+    held = [r["eval_bits_per_byte"] for r in records if "eval_bits_per_byte" in r]
+    if held:
+        table.add_row("held-out bits per byte", f"{held[-1]:.3f}")
+    return table
+
+
+def print_paths(console: Console, title: str, paths: Sequence[Path]) -> None:
+    """Prints paths one a line, unwrapped so that they can be copied.
+
+    Args:
+        console: to print on.
+        title: said first.
+        paths: to print.
+    """
+    console.print(title)
+    for path in paths:
+        console.print(f"  {path}", soft_wrap=True, highlight=False, markup=False)
