@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -102,18 +103,21 @@ def insight_table(query: str, insights: Sequence[Insight], names: Sequence[str] 
         0
     """
     # Text, not str: source code is full of what rich would take for markup.
-    table = Table(title=Text(f"query: {query}"), title_justify="left")
+    table = Table(title=Text(f"query: {query}"), title_justify="left", expand=True, box=SIMPLE_HEAD)
     for name in ("similarity", "expert", "confidence"):
-        table.add_column(name, justify="right", min_width=len(name))
-    table.add_column("source", overflow="ellipsis", no_wrap=True, min_width=18)
-    table.add_column("line", overflow="ellipsis", no_wrap=True, ratio=1)
+        table.add_column(name, justify="right", width=len(name))
+    table.add_column("source", overflow="fold", ratio=1)
     for insight in insights:
         snippet = insight.snippet
-        where = f"{snippet.name}:{snippet.line_number}" if not snippet.problem else snippet.name
-        text = f"({snippet.problem})" if snippet.problem else snippet.text.strip()
+        source = Text(snippet.name, style="bold")
+        if snippet.problem:
+            source.append(f"\n({snippet.problem})", style="not bold")
+        else:
+            source.append(f":{snippet.line_number}")
+            source.append(f"\n{snippet.text.strip()}", style="not bold")
         expert = names[insight.expert] if names else str(insight.expert)
         sure = f"{insight.confidence:.2f}"
-        table.add_row(f"{insight.similarity:.3f}", Text(expert), sure, Text(where), Text(text))
+        table.add_row(f"{insight.similarity:.3f}", Text(expert), sure, source)
     return table
 
 

@@ -122,6 +122,7 @@ def plot_graph(axes: Axes, graph: KnowledgeGraph, *, max_nodes: int = 600) -> No
     _finish(axes, f"Knowledge graph: {int(graph.num_live)} nodes", "", "")
     axes.set_xticks([])
     axes.set_yticks([])
+    axes.spines[["left", "bottom"]].set_visible(False)
     if len(live) < 3:
         axes.text(0.5, 0.5, "too few nodes to draw", ha="center", transform=axes.transAxes)
         return

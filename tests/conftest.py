@@ -1,8 +1,17 @@
-"""Eight virtual CPU devices, strict rank promotion and run-time checked annotations."""
+"""Eight virtual CPU devices, strict rank promotion and annotations checked at run time."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Many tests compile the same programs; parallel workers inherit this folder and share it.
+    _cache = tempfile.mkdtemp(prefix="moe_jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 import jax
 import pytest

@@ -25,7 +25,7 @@ def nearest(
 ) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
     """The k keys with the largest exact cosine to each query, ties to the lower index.
 
-    A plain float32 matmul picks a few more than k keys, and only those are scored exactly. Should
+    A float32 matmul picks a few more than k keys, and only those are scored exactly. Should
     the pick be too close to call (more near-ties at its end than its rounding can tell apart),
     every key is scored exactly instead, so the answer never depends on the pick.
 
@@ -47,7 +47,7 @@ def nearest(
       ([[0, 1]], [[1.0, 0.0]])
     """
     num_keys, dim = keys.shape
-    rough = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
+    rough = jax.lax.platform_dependent(queries, keys, cuda=_cosine_in_parts, default=_cosine)
     rough = jnp.where(is_candidate, rough, -jnp.inf)
     fetch = min(num_keys, k + _OVERFETCH)
     rough, picked = top_k(rough, fetch)
@@ -60,11 +60,31 @@ def nearest(
         best, index = top_k(score, k)
         return jnp.where(best > -jnp.inf, index, num_keys), best
 
-    # A float32 dot product of unit vectors is off by at most dim * 2**-24; both ends may be.
-    slack = (dim + 8) * 2.0**-23
+    # A float32 dot product of unit vectors is off by at most its length times 2**-24, and leaving
+    # out the product of two second parts costs 3 * 2**-18; both ends may be off.
+    slack = (3 * dim + 8) * 2.0**-23 + 2.0**-15
     last = rough[:, -1]
     is_close = (last > -jnp.inf) & (last + slack >= jnp.maximum(scores[:, -1], floor))
     return jax.lax.cond(jnp.any(is_close), score_all, lambda: (ids, scores))
+
+
+def _cosine(queries: Float[Array, "Q D"], keys: Float[Array, "N D"]) -> Float[Array, "Q N"]:
+    return jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _cosine_in_parts(
+    queries: Float[Array, "Q D"], keys: Float[Array, "N D"]
+) -> Float[Array, "Q N"]:
+    """As `_cosine`, by the bfloat16 matrix units: x = first + second, leaving out second.second."""
+
+    def parts(x: Float[Array, "I D"]) -> tuple[Array, Array]:
+        # A mere cast to bfloat16 and back may be optimised away.
+        first = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        return first.astype(jnp.bfloat16), (x - first).astype(jnp.bfloat16)
+
+    (q0, q1), (k0, k1) = parts(queries), parts(keys)
+    left, right = jnp.concatenate([q0, q0, q1], 1), jnp.concatenate([k0, k1, k0], 1)
+    return jnp.matmul(left, right.T, preferred_element_type=jnp.float32)
 
 
 def _best_of_picked(

@@ -81,23 +81,7 @@ def normalize(x: ArrayLike) -> Float[Array, "*N D"]:
     x = jnp.asarray(x, jnp.float32)
     if x.ndim == 0 or x.shape[-1] > MAX_DIM:
         raise ValueError(f"x must be [..., D] with D at most {MAX_DIM}, got shape {x.shape}")
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0)
-    exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
-    has_direction = (exponent > 0) & (exponent < 255)
-    # Two half steps, because 2**-127 and 2**127 times two are not normal float32 numbers.
-    half = (126 - exponent) // 2
-    x = x * _power_of_two(half) * _power_of_two(126 - exponent - half)
-    x = jnp.where(has_direction, x, 0.0)
-    a0, a1, a2 = (a.astype(jnp.int32) for a in limbs(x))
-    squares = _join(
-        _sum_last(a0 * a0),
-        _sum_last(2 * a0 * a1),
-        _sum_last(2 * a0 * a2 + a1 * a1),
-        _sum_last(2 * a1 * a2),
-    )
-    # Compilers rewrite x / sqrt(s) and x / broadcast(y), each where the shape suits them: the
-    # product and the maximum leave nothing to rewrite.
-    return x * (1.0 / jnp.maximum(jnp.sqrt(squares), 0.25))
+    return _unit(x)
 
 
 @jax.jit
@@ -123,7 +107,9 @@ def exact_cosine(a: Float[Array, "Q D"], b: Float[Array, "N D"]) -> Float[Array,
 
     def matmul(left: list[Array], right: list[Array]) -> Array:
         left, right = jnp.concatenate(left, -1), jnp.concatenate(right, -1)
-        return jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)
+        return jax.lax.platform_dependent(
+            left, right, cuda=_matmul_of_short_integers, default=_matmul
+        )
 
     return _by_blocks(a, b, matmul)
 
@@ -152,6 +138,43 @@ def exact_cosine_pairs(a: Float[Array, "*N D"], b: Float[Array, "*N D"]) -> Floa
     return _by_blocks(a, b, dot)
 
 
+@jax.custom_jvp
+def _unit(x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+    return _unit_and_scale(x)[0]
+
+
+@_unit.defjvp
+def _unit_jvp(primals, tangents):
+    """The derivative of x / |x|: rounding to limbs would lose the part along x."""
+    unit, scale = _unit_and_scale(*primals)
+    (change,) = tangents
+    along = jnp.sum(unit * change, axis=-1, keepdims=True)
+    return unit, scale * (change - along * unit)
+
+
+def _unit_and_scale(x: Float[Array, "*N D"]) -> tuple[Float[Array, "*N D"], Float[Array, "*N 1"]]:
+    """x / |x| and 1 / |x|, both zero without a direction."""
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0)
+    exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
+    has_direction = (exponent > 0) & (exponent < 255)
+    # Two half steps, because 2**-127 and 2**127 times two are not normal float32 numbers.
+    half = (126 - exponent) // 2
+    first, second = _power_of_two(half), _power_of_two(126 - exponent - half)
+    x = x * first * second
+    x = jnp.where(has_direction, x, 0.0)
+    a0, a1, a2 = (a.astype(jnp.int32) for a in limbs(x))
+    squares = _join(
+        _sum_last(a0 * a0),
+        _sum_last(2 * a0 * a1),
+        _sum_last(2 * a0 * a2 + a1 * a1),
+        _sum_last(2 * a1 * a2),
+    )
+    # Compilers rewrite x / sqrt(s) and x / broadcast(y), each where the shape suits them: the
+    # product and the maximum leave nothing to rewrite.
+    inverse = 1.0 / jnp.maximum(jnp.sqrt(squares), 0.25)
+    return x * inverse, jnp.where(has_direction, first * second * inverse, 0.0)
+
+
 def _by_blocks(a: Array, b: Array, dot: Callable[[list[Array], list[Array]], Array]) -> Array:
     """Sum the dot products of limbs over blocks of coordinates, in a fixed order, and join them."""
     totals = None
@@ -167,6 +190,18 @@ def _by_blocks(a: Array, b: Array, dot: Callable[[list[Array], list[Array]], Arr
         totals = part if totals is None else tuple(t + p for t, p in zip(totals, part, strict=True))
     cosine = _join(*totals)
     return jnp.where(cosine == 0.0, 0.0, cosine)  # no negative zero: it would sort below zero
+
+
+def _matmul(left: Float[Array, "Q D"], right: Float[Array, "N D"]) -> Float[Array, "Q N"]:
+    return jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _matmul_of_short_integers(
+    left: Float[Array, "Q D"], right: Float[Array, "N D"]
+) -> Float[Array, "Q N"]:
+    """As `_matmul`, to the bit: bfloat16 holds integers up to 256 and the sums are float32."""
+    left, right = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
+    return jnp.matmul(left, right.T, preferred_element_type=jnp.float32)
 
 
 def _join(*sums: Array) -> Array:

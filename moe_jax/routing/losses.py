@@ -123,12 +123,11 @@ def routing_stats(
     load = _load(plan.expert, num_experts, is_valid)
     log_probability = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     entropy = -jnp.sum(jnp.exp(log_probability) * log_probability, axis=-1, keepdims=True)
-    kept = _masked_mean(plan.is_kept.astype(jnp.float32), is_valid).mean()
-    is_any = jnp.any(is_valid) if is_valid is not None else jnp.array(True)
+    dropped = _masked_mean((~plan.is_kept).astype(jnp.float32), is_valid)
     return RoutingStats(
         load=load,
         max_over_mean=jnp.max(load) * num_experts,
-        dropped_fraction=jnp.where(is_any, 1.0 - kept, 0.0),
+        dropped_fraction=jnp.mean(dropped),
         entropy=_masked_mean(entropy, is_valid)[0],
     )
 

@@ -8,83 +8,96 @@ import pytest
 from moe_jax.routing import balanced_bias, dense, noisy_topk, topk
 
 E = 5
+# A router and its K. Each is compiled once: all their tests use one shape.
 ROUTERS = {
-    "topk": (lambda logits: topk(logits, 3), 3),
-    "topk of one": (lambda logits: topk(logits, 1), 1),
-    "topk with a bias": (lambda logits: topk(logits, 3, jnp.arange(E) % 2 * 1.0), 3),
-    "noisy_topk": (lambda logits: noisy_topk(logits, 0 * logits, 3, jax.random.key(0)), 3),
-    "noisy_topk without noise": (lambda logits: noisy_topk(logits, logits, 3, None), 3),
-    "dense": (dense, E),
+    "topk": (jax.jit(lambda logits: topk(logits, 3)), 3),
+    "topk of one": (jax.jit(lambda logits: topk(logits, 1)), 1),
+    "topk with a bias": (jax.jit(lambda logits: topk(logits, 3, jnp.arange(E) % 2 * 1.0)), 3),
+    "noisy_topk": (
+        jax.jit(lambda logits: noisy_topk(logits, 0 * logits, 3, jax.random.key(0))),
+        3,
+    ),
+    "noisy_topk without noise": (
+        jax.jit(lambda logits: noisy_topk(logits, logits, 3, None)),
+        3,
+    ),
+    "dense": (jax.jit(dense), E),
 }
+UNBIASED = ["topk", "topk of one", "noisy_topk without noise", "dense"]
+each_router = pytest.mark.parametrize(("router", "k"), ROUTERS.values(), ids=ROUTERS)
+each_unbiased = pytest.mark.parametrize(
+    ("router", "k"), [ROUTERS[name] for name in UNBIASED], ids=UNBIASED
+)
 
 
-@pytest.fixture(params=ROUTERS)
-def router(request):
-    return ROUTERS[request.param][0]
+def random_logits():
+    return np.random.default_rng(0).normal(size=(2, 9, E)).astype(np.float32) * 3
 
 
-@pytest.fixture
-def num_choices(request):
-    return ROUTERS[request.node.callspec.params["router"]][1]
+def everywhere(logits):
+    return np.tile(np.array(logits, np.float32), (2, 9, 1))
 
 
-def random_logits(dtype=jnp.float32, scale=3.0):
-    return (scale * jax.random.normal(jax.random.key(1), (2, 9, E))).astype(dtype)
-
-
+@each_router
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_choices_are_distinct_experts_with_weights_that_sum_to_one(router, num_choices, dtype):
-    choices = router(random_logits(dtype))
-    assert choices.expert.shape == choices.weight.shape == (2, 9, num_choices)
+def test_choices_are_distinct_experts_with_weights_that_sum_to_one(router, k, dtype):
+    choices = router(random_logits().astype(dtype))
+    assert choices.expert.shape == choices.weight.shape == (2, 9, k)
     assert choices.expert.dtype == jnp.int32
     assert choices.weight.dtype == jnp.float32
-    assert np.all((choices.expert >= 0) & (choices.expert < E))
-    assert all(len(set(row.tolist())) == num_choices for row in choices.expert.reshape(18, -1))
-    assert np.all(choices.weight >= 0)
-    np.testing.assert_allclose(choices.weight.sum(axis=-1), 1.0, atol=1e-6)
+    expert, weight = map(np.asarray, choices)
+    assert np.all((expert >= 0) & (expert < E))
+    assert all(len(set(row)) == k for row in expert.reshape(18, -1).tolist())
+    assert np.all(weight >= 0)
+    np.testing.assert_allclose(weight.sum(axis=-1), 1.0, atol=1e-6)
 
 
-def test_weights_stay_finite_for_extreme_logits(router):
-    choices = router(jnp.array([[[3e38, -3e38, 0.0, 1e-38, 3e38]]]))
-    assert np.all(np.isfinite(choices.weight))
-    np.testing.assert_allclose(choices.weight.sum(axis=-1), 1.0, atol=1e-6)
+@each_router
+def test_weights_stay_finite_for_extreme_logits(router, k):
+    weight = np.asarray(router(everywhere([3e38, -3e38, 0.0, 1e-38, 3e38])).weight)
+    assert np.all(np.isfinite(weight))
+    np.testing.assert_allclose(weight.sum(axis=-1), 1.0, atol=1e-6)
 
 
-def test_jit_changes_nothing(router):
+@each_router
+def test_a_choice_does_not_depend_on_other_tokens(router, k):
     logits = random_logits()
-    plain, jitted = router(logits), jax.jit(router)(logits)
-    np.testing.assert_array_equal(plain.expert, jitted.expert)
-    np.testing.assert_allclose(plain.weight, jitted.weight, rtol=1e-6)
+    changed = logits.copy()
+    changed[0, 3:] = -logits[0, 3:]
+    before, after = router(logits), router(changed)
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a[0, :3], b[0, :3])
+        np.testing.assert_array_equal(a[1], b[1])
+    assert k == E or not np.array_equal(before.expert, after.expert)
 
 
-def test_a_choice_does_not_depend_on_other_tokens(router):
-    if router is ROUTERS["noisy_topk"][0]:
-        pytest.skip("the noise is drawn for the whole batch")
-    logits = random_logits()
-    alone = jax.tree.map(lambda *rows: jnp.concatenate(rows), router(logits[:1]), router(logits[1:]))
-    jax.tree.map(np.testing.assert_array_equal, alone, router(logits))
+@each_unbiased
+def test_ties_go_to_the_lower_id_best_first(router, k):
+    for logits, order in [
+        ([0.0] * E, np.arange(E)),
+        ([0.0, 2.0, 1.0, 2.0, 1.0], [1, 3, 2, 4, 0]),
+        ([-0.0, 0.0, -0.0, 0.0, 0.0], np.arange(E)),
+    ]:
+        np.testing.assert_array_equal(router(everywhere(logits)).expert[1, 2], order[:k])
+    assert np.all(np.diff(np.asarray(router(random_logits()).weight), axis=-1) <= 0)
 
 
-@pytest.mark.parametrize("name", ["topk", "topk of one", "noisy_topk without noise", "dense"])
-def test_ties_go_to_the_lower_id_best_first(name):
-    router, k = ROUTERS[name]
-    np.testing.assert_array_equal(router(jnp.zeros((1, 1, E))).expert[0, 0], np.arange(k))
-    tied = router(jnp.array([[[0.0, 2.0, 1.0, 2.0, 1.0]]]))
-    np.testing.assert_array_equal(tied.expert[0, 0], [1, 3, 2, 4, 0][:k])
-    signed = router(jnp.array([[[-0.0, 0.0, -0.0, 0.0, 0.0]]]))
-    np.testing.assert_array_equal(signed.expert[0, 0], np.arange(k))
-    assert np.all(np.diff(router(random_logits()).weight, axis=-1) <= 0)
+def test_eager_equals_jit():
+    logits = jnp.asarray(random_logits())
+    np.testing.assert_array_equal(topk(logits, 3).expert, ROUTERS["topk"][0](logits).expert)
+    noisy = noisy_topk(logits, 0 * logits, 3, jax.random.key(0))
+    np.testing.assert_array_equal(noisy.expert, ROUTERS["noisy_topk"][0](logits).expert)
 
 
 def test_topk_is_a_softmax_cut_and_normalised_again():
-    logits = random_logits()
+    logits = jnp.asarray(random_logits())
     choices = topk(logits, 2)
     cut = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), choices.expert, axis=-1)
     np.testing.assert_allclose(choices.weight, cut / cut.sum(axis=-1, keepdims=True), rtol=1e-5)
 
 
 def test_a_bias_sways_who_is_chosen_but_not_the_weights():
-    logits, bias = random_logits(), jnp.array([0.0, 0.0, 0.0, 0.0, 100.0])
+    logits, bias = jnp.asarray(random_logits()), jnp.array([0.0, 0.0, 0.0, 0.0, 100.0])
     choices = topk(logits, 2, bias)
     assert np.all(choices.expert[..., 0] == E - 1)
     assert not np.all(topk(logits, 2).expert[..., 0] == E - 1)
@@ -97,7 +110,7 @@ def test_a_bias_sways_who_is_chosen_but_not_the_weights():
 @pytest.mark.parametrize("k", [0, -1, E + 1])
 def test_k_out_of_range_is_refused(k):
     with pytest.raises(ValueError, match=rf"k must lie in \[1, E=5\], got {k}"):
-        topk(random_logits(), k)
+        topk(jnp.asarray(random_logits()), k)
 
 
 def test_noise_has_the_scale_it_is_given():
@@ -116,10 +129,15 @@ def test_noise_has_the_scale_it_is_given():
 
 
 def test_noise_logits_learn_through_the_weights():
-    logits = random_logits()
-    gradient = jax.grad(
-        lambda n: (noisy_topk(logits, n, 2, jax.random.key(0)).weight[..., 0] ** 2).sum()
-    )(logits)
+    logits = jnp.asarray(random_logits())
+
+    @jax.jit
+    @jax.grad
+    def gradient_of(noise_logits):
+        choices = noisy_topk(logits, noise_logits, 2, jax.random.key(0))
+        return (choices.weight[..., 0] ** 2).sum()
+
+    gradient = gradient_of(logits)
     assert np.all(np.isfinite(gradient))
     assert np.any(gradient != 0)
 
@@ -138,7 +156,7 @@ def test_balanced_bias_evens_out_a_skewed_router():
 
     @jax.jit
     def load_of(bias):
-        return jnp.bincount(topk(logits, 1, bias).expert.ravel(), length=4) / 512
+        return jnp.mean(jax.nn.one_hot(topk(logits, 1, bias).expert, 4), axis=(0, 1, 2))
 
     bias = jnp.zeros(4)
     assert load_of(bias).max() > 0.9

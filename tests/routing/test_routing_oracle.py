@@ -20,7 +20,6 @@ from routing_cases import (
 
 from moe_jax.routing import topk
 
-
 fast_topk = jax.jit(topk, static_argnames="k")
 
 
@@ -30,7 +29,7 @@ def close(actual, expected):
 
 @pytest.mark.parametrize("priority", PRIORITIES)
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_routing_equals_the_oracle(shape, priority, seed):
     case = random_case(np.random.default_rng(seed), shape)
@@ -78,5 +77,6 @@ def test_eager_and_vmap_equal_jit(priority):
             np.testing.assert_array_equal(
                 getattr(many["plan"], name)[i], getattr(alone["plan"], name)
             )
-    eager = route(*map(jnp.asarray, cases[0]), **options)
-    jax.tree.map(close, eager, fast_route(*cases[0], **options))
+    if priority == "probability":  # the one that runs the others' code as well
+        eager = route(*map(jnp.asarray, cases[0]), **options)
+        jax.tree.map(close, eager, fast_route(*cases[0], **options))
