@@ -1,13 +1,13 @@
 """Speed and memory of the seed defaults on one GPU: `python experiments/seed_defaults.py`.
 
-Every case runs in a process of its own, so that the allocator's peak is that case's alone. Times
-are medians over repeats after a warm-up; "ms" waits for each call, "ms in a row" for the last of
-ten. Inputs rotate, the graph is half full, and the system's sizes are those of
-`moe_jax.config.h100()`: the seed defaults in bfloat16 with tanh GELU.
+Every case runs in its own process, so that the allocator's peak is that case's alone. Times are
+medians after a warm-up; "ms" waits for each call, "ms in a row" for the last of ten. Inputs rotate,
+the graph is half full, and the sizes are `moe_jax.config.h100()`: bfloat16 with tanh GELU.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -29,6 +29,7 @@ from moe_jax.graph import KnowledgeGraph
 from moe_jax.ops import normalize
 
 IN_A_ROW = 10
+_ON_DEVICE = " --xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
 NUM_INPUTS = 4
 COLUMNS = {
     "name": "case",
@@ -54,6 +55,7 @@ class Case:
         length: S.
         params: dtype of the experts' parameters.
         remat: as in `MoEConfig`.
+        on_device: let the device decide loops and branches, an option of XLA off by default.
     """
 
     name: str
@@ -61,13 +63,16 @@ class Case:
     length: int
     params: str = "float32"
     remat: str = "none"
+    on_device: bool = False
 
     @property
     def trains(self) -> bool:
+        """Whether a step updates the parameters."""
         return self.name.startswith("training")
 
     @property
     def writes(self) -> bool:
+        """Whether a step writes the graph."""
         return self.name.endswith("write")
 
 
@@ -81,7 +86,10 @@ CASES = [
         ("training", "float32"),
         ("training + write", "float32"),
     )
-] + [Case("training", 32, 512, remat="dots"), Case("training", 32, 512, remat="full")]
+] + [
+    Case("forward + write", 8, 128, "bfloat16", on_device=True),
+    Case("training", 32, 512, remat="full"),
+]
 
 
 def flops_per_token(config: MoEConfig, length: int, kept: float) -> float:
@@ -112,9 +120,7 @@ def half_full(graph: KnowledgeGraph) -> KnowledgeGraph:
     """The graph with every second half of its slots taken by random nodes."""
     key = normalize(jax.random.normal(jax.random.key(2), graph.key.shape))
     is_live = jnp.arange(graph.num_nodes) < graph.num_nodes // 2
-    return graph._replace(
-        key=jnp.where(is_live[:, None], key, 0.0), value=key + 0, is_live=is_live
-    )
+    return graph._replace(key=jnp.where(is_live[:, None], key, 0.0), value=key + 0, is_live=is_live)
 
 
 def make_step(system: MoESystem, case: Case) -> tuple[Callable, Any]:
@@ -172,10 +178,8 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     step, state = make_step(MoESystem(config), case)
     shape = (NUM_INPUTS, case.batch, case.length, config.input_dim)
     inputs = list(jax.random.normal(jax.random.key(3), shape))
-    started = time.perf_counter()
     for x in inputs:
         state, (result, stats) = jax.block_until_ready(step(state, x))
-    first = time.perf_counter() - started
     single, row = [], []
     for i in range(repeats):
         started = time.perf_counter()
@@ -189,10 +193,9 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         row.append((time.perf_counter() - started) / IN_A_ROW)
     if not bool(jnp.all(jnp.isfinite(result))):
         raise FloatingPointError(f"{case} gave numbers that are not finite")
-    return _figures(case, config, statistics.median(single), statistics.median(row), stats) | {
-        "first_calls_s": first,
-        "spread_ms": [1e3 * min(single), 1e3 * max(single)],
-    }
+    spread = {"spread_ms": [1e3 * min(single), 1e3 * max(single)]}
+    figures = _figures(case, config, statistics.median(single), statistics.median(row), stats)
+    return figures | spread
 
 
 def _figures(case: Case, config: MoEConfig, single: float, row: float, stats: Any) -> dict:
@@ -200,10 +203,7 @@ def _figures(case: Case, config: MoEConfig, single: float, row: float, stats: An
     flops = flops_per_token(config, case.length, 1 - dropped) * case.batch * case.length
     flops *= 3 if case.trains else 1
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    return {
-        "name": case.name + ("" if case.remat == "none" else f", remat {case.remat}"),
-        "params": case.params,
-        "shape": f"{case.batch} x {case.length}",
+    return _labels(case) | {
         "ms": 1e3 * single,
         "ms_in_a_row": 1e3 * row,
         "samples_per_s": case.batch / row,
@@ -212,6 +212,12 @@ def _figures(case: Case, config: MoEConfig, single: float, row: float, stats: An
         "max_over_mean": float(stats.max_over_mean),
         "dropped": dropped,
     }
+
+
+def _labels(case: Case) -> dict[str, str]:
+    name = case.name + ("" if case.remat == "none" else f", remat {case.remat}")
+    name += ", loops on the device" if case.on_device else ""
+    return {"name": name, "params": case.params, "shape": f"{case.batch} x {case.length}"}
 
 
 def ceilings(repeats: int) -> dict[str, Any]:
@@ -260,12 +266,12 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="run one case in this process; -1: the ceilings")
     args = parser.parse_args()
     if args.case is not None:
-        one = args.case
-        result = ceilings(args.repeats) if one < 0 else measure(CASES[one], args.repeats)
-        print(json.dumps(result))
+        run = ceilings if args.case < 0 else functools.partial(measure, CASES[args.case])
+        print(json.dumps(run(args.repeats)))
         return
     chosen = [i for i, case in enumerate(CASES) if case.name.startswith(args.only or "")]
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as folder:
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", folder)
         found = [_in_own_process(i, args.repeats, cache) for i in [-1, *chosen]]
     limits, rows = found[0], found[1:]
     print(json.dumps(limits), table(rows), sep="\n")
@@ -276,12 +282,16 @@ def main() -> None:
 def _in_own_process(index: int, repeats: int, cache: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--case", str(index), "--repeats", str(repeats)]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+    if index >= 0 and CASES[index].on_device:
+        environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _ON_DEVICE
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
+        print(done.stdout.splitlines()[-1], file=sys.stderr, flush=True)
         return json.loads(done.stdout.splitlines()[-1])
     print(done.stderr[-2000:], file=sys.stderr)
-    case = CASES[index]
-    return {"name": case.name, "params": case.params, "shape": f"{case.batch} x {case.length}"}
+    if index < 0:
+        raise SystemExit("the ceilings could not be measured")
+    return _labels(CASES[index])
 
 
 if __name__ == "__main__":

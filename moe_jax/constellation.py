@@ -60,7 +60,8 @@ class Constellation(nn.Module):
         >>> constellation = Constellation(
         ...     Supervisor(num_experts=4, top_k=2, num_heads=2), ExpertBank(MLPExpert(16, 8), 4)
         ... )
-        >>> out, _ = constellation.init_with_output(jax.random.key(0), jnp.ones((2, 16, 8)))
+        >>> init = jax.jit(constellation.init_with_output)
+        >>> out, _ = init(jax.random.key(0), jnp.ones((2, 16, 8)))
         >>> out.output.shape, out.reports.summary.shape
         ((2, 16, 8), (8, 8))
     """

@@ -44,7 +44,7 @@ class MoELanguageModel(nn.Module):
         >>> from moe_jax.config import LanguageModelConfig, tiny
         >>> config = LanguageModelConfig(moe=tiny().replace(causal=True, expert="swiglu"))
         >>> model, tokens = MoELanguageModel(config), jnp.zeros((2, 16), int)
-        >>> model.init_with_output(jax.random.key(0), tokens)[0].logits.shape
+        >>> jax.jit(model.init_with_output)(jax.random.key(0), tokens)[0].logits.shape
         (2, 16, 257)
     """
 

@@ -1,5 +1,6 @@
 """The whole system: memory, supervisor, experts, librarian and graph, from one config."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -79,8 +80,8 @@ class MoESystem(nn.Module):
         >>> from moe_jax.config import tiny
         >>> system = MoESystem(tiny())
         >>> x = jnp.ones((2, 16, 32))
-        >>> variables = system.init(jax.random.key(0), x)
-        >>> system.apply(variables, x).output.shape
+        >>> variables = jax.jit(system.init)(jax.random.key(0), x)
+        >>> jax.jit(system.apply)(variables, x).output.shape
         (2, 16, 32)
     """
 
@@ -261,12 +262,13 @@ class MoESystem(nn.Module):
             >>> import jax, jax.numpy as jnp
             >>> from moe_jax.config import tiny
             >>> system, x = MoESystem(tiny()), jnp.ones((2, 16, 32))
-            >>> variables, graph = system.init(jax.random.key(0), x), system.create_graph()
+            >>> variables = jax.jit(system.init)(jax.random.key(0), x)
+            >>> graph = system.create_graph()
             >>> graph, _, _ = system.inference_step()(variables, graph, x)
             >>> system.query(variables, graph, x, k=3).ids.shape
             (2, 3)
         """
-        output = self.apply(variables, x, graph, is_valid=is_valid)
+        output = _infer(self, variables, x, graph, is_valid)
         return search_reports(
             graph, output, k, threshold=threshold, use_faiss=self.config.use_faiss
         )
@@ -305,6 +307,18 @@ class MoESystem(nn.Module):
         return MoELosses(load_balance=balance, router_z=z, contrastive=contrastive, total=total)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _infer(
+    system: MoESystem,
+    variables: Variables,
+    x: Float[Array, "B S D"],
+    graph: KnowledgeGraph,
+    is_valid: Bool[Array, "B S"] | None,
+) -> MoEOutput:
+    """The call of a system, compiled once per shape."""
+    return system.apply(variables, x, graph, is_valid=is_valid)
+
+
 def search_reports(
     graph: KnowledgeGraph,
     output: MoEOutput,
@@ -332,12 +346,13 @@ def search_reports(
         >>> import jax, jax.numpy as jnp
         >>> from moe_jax.config import tiny
         >>> system, x = MoESystem(tiny()), jnp.ones((2, 16, 32))
-        >>> output, _ = system.init_with_output(jax.random.key(0), x)
+        >>> output, _ = jax.jit(system.init_with_output)(jax.random.key(0), x)
         >>> bool(search_reports(system.create_graph(), output, k=3).is_valid.any())
         False
     """
     batch = output.output.shape[0]
-    if output.reports is None or output.reports.summary.shape[0] % batch:
+    num_experts = output.stats.load.shape[0]
+    if output.reports is None or output.reports.summary.shape[0] != batch * num_experts:
         raise ValueError('report_scope must be "sequence" to query by sequence')
     keys = jnp.where(output.reports.is_valid[:, None], output.proposals.key, 0.0)
     if use_faiss:
@@ -350,6 +365,7 @@ def search_reports(
     return _best_distinct(per_sequence, k, graph.num_nodes)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _best_distinct(hits: Hits, k: int, nowhere: int) -> Hits:
     """The k best hits of each row, of each node only the best."""
     ids, scores = hits.ids, jnp.where(hits.is_valid, hits.scores, -jnp.inf)

@@ -1,7 +1,7 @@
 """Configurations: exact JSON both ways, the original's defaults, and refusal of what is wrong."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import math
 import sys
@@ -13,12 +13,22 @@ import moe_jax
 
 
 def without_the_import_hook():
-    """The module as users get it: under the hook beartype refuses wrong types first."""
-    spec = importlib.util.spec_from_file_location("plain_config", moe_jax.config.__file__)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """The package as users get it: under the hook beartype refuses wrong types first."""
+
+    def take_out():
+        names = [name for name in sys.modules if (name + ".").startswith("moe_jax.config.")]
+        return {name: sys.modules.pop(name) for name in names}
+
+    hooked, finders = take_out(), list(sys.meta_path)
+    sys.meta_path[:] = [f for f in finders if not type(f).__module__.startswith("jaxtyping")]
+    try:
+        plain = importlib.import_module("moe_jax.config")
+        take_out()
+    finally:
+        sys.meta_path[:] = finders
+        sys.modules.update(hooked)
+        moe_jax.config = hooked["moe_jax.config"]
+    return plain
 
 
 config = without_the_import_hook()

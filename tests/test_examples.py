@@ -30,7 +30,7 @@ def examples():
                     )
 
 
-@pytest.mark.parametrize(("module", "example"), examples())
+@pytest.mark.parametrize(("module", "example"), list(examples()))
 def test_example(module, example):
     # Examples of a package may use its public names.
     package = importlib.import_module(module.rpartition(".")[0] or module)

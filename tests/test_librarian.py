@@ -15,7 +15,7 @@ from moe_jax.reports import DraftReports
 
 R, O = 8, 3  # noqa: E741
 RULES = ["leader", "any_earlier"]
-fast_deduplicate = jax.jit(deduplicate, static_argnames="rule")
+fast_deduplicate = jax.jit(deduplicate, static_argnames=("rule", "threshold"))
 
 
 def slow_leaders(similarity, confidence, is_valid, threshold, rule):
@@ -56,18 +56,18 @@ def random_reports(rng):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_repetitions_equal_the_oracle(rule, seed):
     rng = np.random.default_rng(seed)
     reports = random_reports(rng)
     key = normalize(reports.summary)
     similarity = np.asarray(exact_cosine(key, key))
-    # Often the very cosine of two reports, which is not exceeded.
-    threshold = rng.choice([0.85, 0.3, similarity[rng.integers(R), rng.integers(R)]])
+    # Zero is the very cosine of many grid points, which therefore does not exceed it.
+    threshold = float(rng.choice([0.85, 0.0]))
     arguments = (reports.confidence, reports.is_valid)
-    leader = fast_deduplicate(key, *arguments, threshold=np.float32(threshold), rule=rule)
-    expected = slow_leaders(similarity, *map(np.asarray, arguments), np.float32(threshold), rule)
+    leader = fast_deduplicate(key, *arguments, threshold=threshold, rule=rule)
+    expected = slow_leaders(similarity, *map(np.asarray, arguments), threshold, rule)
     assert leader.tolist() == expected
 
 
@@ -127,7 +127,7 @@ def test_the_encoder_starts_as_the_identity():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_masked_reports_never_matter(rule):
-    reports = case()
+    reports = case(1)
     assert 0 < reports.is_valid.sum() < R
     run, variables = compiled(rule=rule)[1], variables_of(rule=rule)
     garbage = reports._replace(

@@ -1,6 +1,7 @@
 """What every expert takes and gives, and the parts they share."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,15 @@ import jax.numpy as jnp
 from moe_jax._types import Array, Bool, Dtype, Float, Int
 
 LAYER_NORM_EPS = 1e-5
+
+
+def dot_general(*args: Any, **kwargs: Any) -> Array:
+    """`jax.lax.dot_general` by itself, with nothing that follows fused into it.
+
+    XLA would fuse the bias with the matmul, where it is often slower or comes apart again as a
+    pass of its own; held back, the bias joins the activation that follows.
+    """
+    return jax.lax.optimization_barrier(jax.lax.dot_general(*args, **kwargs))
 
 
 class ExpertOutput(NamedTuple):
@@ -73,7 +83,8 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "*B C H"]:
         """Attends; invalid tokens are seen by none."""
         width = x.shape[-1]
-        fused = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, dot_general=dot_general)
+        fused = dense(3 * width, name="qkv")(x)
         heads = fused.reshape(-1, x.shape[-2], 3, self.num_heads, width // self.num_heads)
         sees = is_valid[..., None, :]
         if self.causal:
@@ -83,4 +94,4 @@ class SelfAttention(nn.Module):
             *(heads[:, :, i] for i in range(3)),
             mask=mask.reshape(-1, 1, *mask.shape[-2:]),
         )
-        return nn.Dense(width, dtype=self.dtype, name="out")(mixed.reshape(x.shape))
+        return dense(width, name="out")(mixed.reshape(x.shape))

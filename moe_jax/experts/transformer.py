@@ -1,10 +1,12 @@
 """The standard expert: an encoder, one transformer layer, a decoder and a confidence head."""
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Dtype, Float, Int
-from moe_jax.experts.base import ConfidenceHead, ExpertOutput, LayerNorm, SelfAttention
+from moe_jax.experts.base import ConfidenceHead, ExpertOutput, LayerNorm, SelfAttention, dot_general
 
 
 class TransformerExpert(nn.Module):
@@ -43,15 +45,16 @@ class TransformerExpert(nn.Module):
 
     def setup(self) -> None:
         """Lays out the layers."""
-        self.encoder = nn.Dense(self.hidden_dim, dtype=self.dtype)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, dot_general=dot_general)
+        self.encoder = dense(self.hidden_dim)
         self.encoder_norm = LayerNorm(dtype=self.dtype)
         self.attention_norm = LayerNorm(dtype=self.dtype)
         self.attention = SelfAttention(self.num_heads, causal=self.causal, dtype=self.dtype)
         self.feed_forward_norm = LayerNorm(dtype=self.dtype)
-        self.feed_forward_up = nn.Dense(4 * self.hidden_dim, dtype=self.dtype)
-        self.feed_forward_down = nn.Dense(self.hidden_dim, dtype=self.dtype)
-        self.decoder_hidden = nn.Dense(self.hidden_dim, dtype=self.dtype)
-        self.decoder_out = nn.Dense(self.output_dim, dtype=self.dtype)
+        self.feed_forward_up = dense(4 * self.hidden_dim)
+        self.feed_forward_down = dense(self.hidden_dim)
+        self.decoder_hidden = dense(self.hidden_dim)
+        self.decoder_out = dense(self.output_dim)
         self.confidence = ConfidenceHead()
         self.drop = nn.Dropout(self.dropout)
 

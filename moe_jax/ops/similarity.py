@@ -153,7 +153,7 @@ def _unit_jvp(primals, tangents):
 
 
 def _unit_and_scale(x: Float[Array, "*N D"]) -> tuple[Float[Array, "*N D"], Float[Array, "*N 1"]]:
-    """x / |x| and 1 / |x|, both zero without a direction."""
+    """Returns x / |x| and 1 / |x|, both zero without a direction."""
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0)
     exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
     has_direction = (exponent > 0) & (exponent < 255)

@@ -176,7 +176,7 @@ def make_eval_step(
         >>> model = MoELanguageModel(smallest_run().model)
         >>> ids, valid = jnp.zeros((4, 32), jnp.int32), jnp.ones((4, 32), bool)
         >>> batch = Batch(ids, ids, valid, jnp.zeros((4, 2), jnp.int32))
-        >>> params = model.init(jax.random.key(0), ids)["params"]
+        >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
         >>> float(make_eval_step(model)(params, create_graph(model), batch).count)
         128.0
     """

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_variables import random_variables
 
 from moe_jax.experts import EXPERTS, ExpertBank, SpecializedExpert
 
@@ -21,15 +22,12 @@ def make(kind, **fields):
 
 @functools.cache
 def compiled(kind, **fields):
-    """Jitted init and apply of one expert."""
-    expert = make(kind, **fields)
-    run = jax.jit(expert.apply, static_argnames="is_training")
-    return jax.jit(expert.init), run
+    return jax.jit(make(kind, **fields).apply, static_argnames="is_training")
 
 
 @functools.cache
 def variables_of(kind):
-    return compiled(kind)[0](jax.random.key(0), *inputs()[0])
+    return random_variables(make(kind).init, *inputs()[0])
 
 
 @functools.cache
@@ -44,11 +42,6 @@ def inputs():
     return tuple(a[0] for a in bank), bank
 
 
-def shifted(tree):
-    """Parameters none of which is zero, as biases are at the start."""
-    return jax.tree.map(lambda a: a + 0.1, tree)
-
-
 each_kind = pytest.mark.parametrize("kind", EXPERTS)
 
 
@@ -57,7 +50,7 @@ def test_shapes_dtypes_and_range(kind):
     (x, is_valid, position), _ = inputs()
     variables = variables_of(kind)
     assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    out = compiled(kind)[1](variables, x, is_valid, position)
+    out = compiled(kind)(variables, x, is_valid, position)
     assert (out.output.shape, out.confidence.shape) == ((B, C, O), (B, C))
     assert out.output.dtype == out.confidence.dtype == jnp.float32
     assert np.all((out.confidence > 0) & (out.confidence < 1))
@@ -72,8 +65,8 @@ def test_shapes_dtypes_and_range(kind):
 @each_kind
 def test_valid_tokens_do_not_see_invalid_slots(kind):
     (x, is_valid, position), _ = inputs()
-    variables = shifted(variables_of(kind))
-    run = compiled(kind)[1]
+    variables = variables_of(kind)
+    run = compiled(kind)
     garbage = jnp.where(is_valid[..., None], x, 1000.0 * jnp.flip(x, axis=1))
     elsewhere = jnp.where(is_valid, position, 0)
     before, after = run(variables, x, is_valid, position), run(
@@ -88,7 +81,7 @@ def test_valid_tokens_do_not_see_invalid_slots(kind):
 @each_kind
 def test_rows_do_not_leak(kind):
     (x, is_valid, position), _ = inputs()
-    variables, run = shifted(variables_of(kind)), compiled(kind)[1]
+    variables, run = variables_of(kind), compiled(kind)
     before = run(variables, x, is_valid, position)
     after = run(variables, x.at[1].multiply(-2.0), is_valid.at[1].set(True), position)
     for a, b in zip(before, after, strict=True):
@@ -99,7 +92,7 @@ def test_rows_do_not_leak(kind):
 @pytest.mark.parametrize("kind", ["mlp", "swiglu"])
 def test_experts_without_attention_treat_each_token_alone(kind):
     (x, is_valid, position), _ = inputs()
-    variables, run = shifted(variables_of(kind)), compiled(kind)[1]
+    variables, run = variables_of(kind), compiled(kind)
     before = run(variables, x, is_valid, position)
     after = run(variables, x.at[:, 3:].multiply(-2.0), is_valid, position)
     np.testing.assert_array_equal(before.output[:, :3], after.output[:, :3])
@@ -109,8 +102,8 @@ def test_experts_without_attention_treat_each_token_alone(kind):
 @pytest.mark.parametrize("causal", [True, False])
 def test_causal_tokens_see_no_later_position(kind, causal):
     (x, is_valid, position), _ = inputs()
-    variables = shifted(variables_of(kind))
-    run = compiled(kind, causal=causal)[1]
+    variables = variables_of(kind)
+    run = compiled(kind, causal=causal)
     before = run(variables, x, is_valid, position)
     changes_earlier = False
     for t in np.sort(position[0])[:-1]:
@@ -127,8 +120,8 @@ def test_causal_tokens_see_no_later_position(kind, causal):
 @pytest.mark.parametrize("kind", ATTENTIVE)
 def test_the_order_of_slots_does_not_matter(kind):
     (x, is_valid, position), _ = inputs()
-    variables = shifted(variables_of(kind))
-    run = compiled(kind, causal=True)[1]
+    variables = variables_of(kind)
+    run = compiled(kind, causal=True)
     order = np.random.default_rng(1).permutation(C)
     before = run(variables, x, is_valid, position)
     after = run(variables, x[:, order], is_valid[:, order], position[:, order])
@@ -143,30 +136,36 @@ def test_the_order_of_slots_does_not_matter(kind):
 
 @functools.cache
 def compiled_bank(kind, remat="none"):
-    bank = ExpertBank(make(kind), num_experts=E, remat=remat)
-    return jax.jit(bank.init), jax.jit(bank.apply)
+    return jax.jit(ExpertBank(make(kind), num_experts=E, remat=remat).apply)
 
 
 @functools.cache
 def bank_variables(kind):
-    return compiled_bank(kind)[0](jax.random.key(1), *inputs()[1])
+    return random_variables(ExpertBank(make(kind), num_experts=E).init, *inputs()[1])
 
 
 @each_kind
 def test_a_bank_equals_a_loop_over_single_experts(kind):
     _, bank = inputs()
     variables = bank_variables(kind)
-    out = compiled_bank(kind)[1](variables, *bank)
+    out = compiled_bank(kind)(variables, *bank)
     assert out.output.shape == (E, B, C, O)
-    run = compiled(kind)[1]
-    leaves = jax.tree_util.tree_leaves_with_path(variables)
-    kernels = [a for path, a in leaves if "kernel" in str(path)]
-    assert all(a.shape[0] == E and not np.array_equal(a[0], a[1]) for a in kernels)
+    run = compiled(kind)
     for e in range(E):
         own = jax.tree.map(lambda a, e=e: a[e], variables["params"]["expert"])
         alone = run({"params": own}, *(a[e] for a in bank))
         np.testing.assert_allclose(out.output[e], alone.output, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(out.confidence[e], alone.confidence, rtol=1e-5)
+
+
+def test_experts_of_a_bank_start_apart():
+    bank = ExpertBank(make("mlp"), num_experts=E)
+    variables = jax.jit(bank.init)(jax.random.key(1), *inputs()[1])
+    kernel = variables["params"]["expert"]["up"]["kernel"]
+    assert kernel.shape == (E, D, H)
+    assert not np.allclose(kernel[0], kernel[1], atol=0.1)
+    # As one expert starts: a fan-in of D, not of E times D.
+    np.testing.assert_allclose(jnp.std(kernel), D**-0.5, rtol=0.2)
 
 
 @pytest.mark.parametrize("kind", ["transformer", "mlp"])
@@ -175,7 +174,7 @@ def test_remat_gives_the_same_gradients(kind):
 
     def gradients(remat):
         def loss(variables):
-            out = compiled_bank(kind, remat)[1](variables, *bank)
+            out = compiled_bank(kind, remat)(variables, *bank)
             return jnp.sum(out.output**2) + jnp.sum(out.confidence)
 
         return jax.jit(jax.grad(loss))(bank_variables(kind))
@@ -198,9 +197,9 @@ def test_remat_gives_the_same_gradients(kind):
 @each_kind
 def test_dropout_acts_in_training_only(kind):
     (x, is_valid, position), _ = inputs()
-    variables, run = variables_of(kind), compiled(kind, dropout=0.5)[1]
+    variables, run = variables_of(kind), compiled(kind, dropout=0.5)
     still = run(variables, x, is_valid, position)
-    plain = compiled(kind)[1](variables, x, is_valid, position)
+    plain = compiled(kind)(variables, x, is_valid, position)
     np.testing.assert_array_equal(still.output, plain.output)
     trained = [
         run(variables, x, is_valid, position, is_training=True, rngs={"dropout": jax.random.key(i)})
@@ -231,7 +230,7 @@ def test_a_bank_refuses_another_number_of_buffers():
 def test_a_single_specialist_is_perfectly_sharp():
     (x, is_valid, position), _ = inputs()
     one = SpecializedExpert(H, O, num_heads=2, num_specialists=1)
-    variables = jax.jit(one.init)(jax.random.key(0), x, is_valid, position)
+    variables = random_variables(one.init, x, is_valid, position)
 
     @jax.jit
     def both(variables):
