@@ -77,7 +77,7 @@ def byte_lm() -> RunConfig:
     return RunConfig(
         model=model,
         training=TrainConfig(
-            steps=500,
+            steps=400,
             batch_size=16,
             seq_len=128,
             learning_rate=4e-3,

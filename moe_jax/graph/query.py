@@ -12,6 +12,7 @@ from moe_jax.graph._arguments import ids, is_live_at, per_row, vectors
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops.nearest import nearest
 from moe_jax.ops.similarity import normalize
+from moe_jax.ops.top_k import top_k
 
 __all__ = ["Hits", "Neighbours", "neighbours", "search"]
 
@@ -58,12 +59,13 @@ def search(
     kind: ArrayLike | None = None,
     as_of: ArrayLike | None = None,
     min_confidence: ArrayLike | None = None,
+    reproducible: bool = True,
 ) -> Hits:
     """The k live nodes whose keys have the largest cosine to each query.
 
-    Exact: the best k in order, ties to the lowest id, with scores that are the same bits however
-    queries are batched or the graph is sharded. Each filter is one value for all queries or one
-    per query. No gradient flows through.
+    Exact: the best k in order, ties to the lowest id, and, if `reproducible`, with scores that are
+    the same bits however queries are batched or the graph is sharded. Each filter is one value for
+    all queries or one per query. No gradient flows through.
 
     Args:
       graph: the graph.
@@ -74,6 +76,9 @@ def search(
       kind: only nodes of this kind.
       as_of: only nodes created at or before this logical time.
       min_confidence: only nodes at least this confident.
+      reproducible: score by `moe_jax.ops.exact_cosine`. False takes the scores of a plain float32
+        matmul, which is faster for many queries; what differs by less than its rounding may then
+        come in another order in another shape.
 
     Returns:
       `Hits` of shape [Q, k].
@@ -104,10 +109,10 @@ def search(
     if min_confidence is not None:
         least = per_row("min_confidence", min_confidence, rows, 0.0, jnp.float32)
         is_candidate &= graph.confidence[None, :] >= least[:, None]
-    return _search(graph.key, queries, is_candidate, threshold, k=k)
+    return _search(graph.key, queries, is_candidate, threshold, k=k, reproducible=reproducible)
 
 
-@functools.partial(jax.jit, static_argnames=("k",))
+@functools.partial(jax.jit, static_argnames=("k", "reproducible"))
 def _search(
     keys: Float[Array, "N D"],
     queries: Float[Array, "Q D"],
@@ -115,9 +120,14 @@ def _search(
     threshold: ArrayLike,
     *,
     k: int,
+    reproducible: bool,
 ) -> Hits:
     keys, queries = jax.lax.stop_gradient((keys, queries))
-    ids, scores = nearest(queries, keys, is_candidate, k, floor=threshold)
+    if reproducible:
+        ids, scores = nearest(queries, keys, is_candidate, k, floor=threshold)
+    else:
+        rough = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
+        scores, ids = top_k(jnp.where(is_candidate, rough, -jnp.inf), k)
     is_hit = (scores > -jnp.inf) & (scores >= threshold)
     return Hits(jnp.where(is_hit, ids, keys.shape[0]), jnp.where(is_hit, scores, 0.0), is_hit)
 
