@@ -125,3 +125,12 @@ def test_no_queries_and_no_nodes():
     np.testing.assert_array_equal(hits.ids, 3)
     np.testing.assert_array_equal(hits.scores, 0.0)
     assert not bool(hits.is_valid.any())
+
+
+def test_scores_need_not_be_reproducible():
+    rng = np.random.default_rng(5)
+    graph, _ = insert(KnowledgeGraph.create(30, 8), rng.normal(size=(20, 8)))
+    queries = rng.normal(size=(7, 8))
+    exact, quick = (search(graph, queries, 3, 0.1, reproducible=r) for r in (True, False))
+    np.testing.assert_array_equal(exact.ids, quick.ids)
+    np.testing.assert_allclose(exact.scores, quick.scores, atol=1e-6)
