@@ -113,19 +113,22 @@ def make_train_step(
         key = jax.random.fold_in(key, state.step)
         total = jnp.maximum(jnp.sum(batch.is_valid), 1)
 
-        def micro(carry, inputs):
-            part, part_key = inputs
+        def differentiate(part: Batch, part_key: PRNGKey):
             grad_fn = jax.value_and_grad(_loss, argnums=1, has_aux=True)
             (_, aux), grads = grad_fn(model, state.params, graph, part, part_key, config, total)
+            return grads, aux
+
+        def accumulate(carry, inputs):
+            grads, aux = differentiate(*inputs)
             return jax.tree.map(jnp.add, carry, grads), aux
 
-        split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
         if parts == 1:
-            grads, aux = micro(zeros, jax.tree.map(lambda a: a[0], (split, key[None])))
+            grads, aux = differentiate(batch, key)
             aux = jax.tree.map(lambda a: a[None], aux)
         else:
-            grads, aux = jax.lax.scan(micro, zeros, (split, jax.random.split(key, parts)))
+            split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            grads, aux = jax.lax.scan(accumulate, zeros, (split, jax.random.split(key, parts)))
         (nats, auxiliary, confidence, stats), proposals = aux
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
