@@ -5,6 +5,7 @@ import functools
 import numpy as np
 
 F32 = np.float32
+FOREVER = 2**31 - 1
 
 
 def split(x):
@@ -55,7 +56,8 @@ class Graph:
         self.num_nodes, self.dim, self.num_edge_slots = num_nodes, dim, num_edge_slots
         self.nodes = {}
         self.edges = {n: [None] * num_edge_slots for n in range(num_nodes)}
-        self.clock = self.num_updates = self.num_rejected = 0
+        self.clock = self.num_updates = self.num_merged = self.num_rejected = 0
+        self.num_evicted = 0
 
     def best(self, unit, skip=()):
         """(slot, score) of the most similar node, ties to the lowest slot."""
@@ -77,6 +79,7 @@ class Graph:
             node, outcome = self.nodes[slot], "merged"
             node["hits"] += weight
             node["updated"] = time
+            self.num_merged += 1
             if confidence > node["confidence"]:
                 node.update(value=value, confidence=confidence, **labels)
             if rule == "ema":
@@ -86,7 +89,7 @@ class Graph:
         elif len(self.nodes) < self.num_nodes:
             slot, outcome = min(set(range(self.num_nodes)) - set(self.nodes)), "created"
             new = {"key": unit, "value": value, "confidence": confidence, "hits": weight}
-            self.nodes[slot] = dict(new, created=time, updated=time, **labels)
+            self.nodes[slot] = dict(new, created=time, updated=time, reads=0, **labels)
         else:
             self.num_rejected += 1
             return self.num_nodes, "rejected", score
@@ -113,6 +116,7 @@ class Graph:
             return False
         row = self.edges[source]
         new = {"target": target, "weight": weight, "kind": kind, "time": time}
+        new.update(start=0, end=FOREVER)
         for slot, edge in enumerate(row):
             is_same = edge is not None and (edge["target"], edge["kind"]) == (target, kind)
             if is_same and on_duplicate == "update":
@@ -156,15 +160,15 @@ class Graph:
             "expert_id": -1,
             "confidence": 0,
         }
-        empty.update(hits=0, created=0, updated=0, source=[-1, -1])
-        free = {"target": n, "weight": 0, "kind": 0, "time": 0}
+        empty.update(hits=0, created=0, updated=0, source=[-1, -1], symbol=-1, reads=0)
+        free = {"target": n, "weight": 0, "kind": 0, "time": 0, "start": 0, "end": FOREVER}
         out = {name: np.array([self.nodes.get(i, empty)[name] for i in range(n)]) for name in empty}
         out["is_live"] = np.array([i in self.nodes for i in range(n)])
         for name in free:
             rows = [[(self.edges[i][j] or free)[name] for j in range(m)] for i in range(n)]
             out["edge_" + name] = np.array(rows)
-        counters = ("clock", "num_updates", "num_rejected")
+        counters = ("clock", "num_updates", "num_merged", "num_rejected", "num_evicted")
         return out | {name: np.array(getattr(self, name)) for name in counters}
 
 
-COLUMNS = ("key", "value", "confidence", "expert_id", "kind", "source", "weight", "time")
+COLUMNS = ("key", "value", "confidence", "expert_id", "kind", "source", "symbol", "weight", "time")

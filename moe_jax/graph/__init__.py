@@ -6,6 +6,7 @@ from moe_jax.graph.query import Hits as Hits
 from moe_jax.graph.query import Neighbours as Neighbours
 from moe_jax.graph.query import neighbours as neighbours
 from moe_jax.graph.query import search as search
+from moe_jax.graph.state import FOREVER as FOREVER
 from moe_jax.graph.state import KnowledgeGraph as KnowledgeGraph
 from moe_jax.graph.update import InsertInfo as InsertInfo
 from moe_jax.graph.update import insert as insert

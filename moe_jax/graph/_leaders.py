@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.graph.state import KnowledgeGraph
+from moe_jax.graph.state import KnowledgeGraph, with_keys
 from moe_jax.ops.independent import first_independent
 from moe_jax.ops.nearest import nearest
 from moe_jax.ops.similarity import exact_cosine
@@ -22,6 +22,7 @@ class Items(NamedTuple):
     expert_id: Int[Array, "R"]
     kind: Int[Array, "R"]
     source: Int[Array, "R 2"]
+    symbol: Int[Array, "R"]
     weight: Int[Array, "R"]
     time: Int[Array, "R"]
     is_valid: Bool[Array, "R"]
@@ -112,15 +113,17 @@ def store(
     def speak(field: Array, value: Array) -> Array:
         return field.at[at_speaker].set(value, mode="drop")
 
+    graph = with_keys(graph, at_new, items.key)
     return graph._replace(
-        key=graph.key.at[at_new].set(items.key, mode="drop"),
         is_live=graph.is_live.at[at_new].set(True, mode="drop"),
         created=graph.created.at[at_new].set(items.time, mode="drop"),
         updated=graph.updated.at[at_last].set(items.time, mode="drop"),
         hits=hits.at[node_id].add(items.weight, mode="drop"),
+        reads=graph.reads.at[at_new].set(0, mode="drop"),
         value=speak(graph.value, items.value),
         confidence=speak(graph.confidence, items.confidence),
         expert_id=speak(graph.expert_id, items.expert_id),
         kind=speak(graph.kind, items.kind),
         source=speak(graph.source, items.source),
+        symbol=speak(graph.symbol, items.symbol),
     )

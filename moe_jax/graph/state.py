@@ -5,9 +5,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
+from moe_jax.ops.code import encode
 from moe_jax.ops.similarity import MAX_DIM
 
-__all__ = ["KnowledgeGraph"]
+__all__ = ["FOREVER", "KnowledgeGraph", "with_keys"]
+
+FOREVER = 2**31 - 1
+"""The last logical time: an edge that ends then never ends."""
 
 
 class KnowledgeGraph(NamedTuple):
@@ -19,6 +23,8 @@ class KnowledgeGraph(NamedTuple):
 
     Attributes:
       key: float32 [N, D], unit norm, what nodes are found by. Zero in a free slot.
+      code: int8 [N, D], the key in short, which the first pass of a search reads; see `with_keys`.
+      code_scale: float32 [N]; code times code_scale is about the key. Zero in a free slot.
       value: float32 [N, D], what a node holds (its most confident item's value).
       is_live: bool [N].
       kind: int32 [N], a label chosen by the caller.
@@ -28,13 +34,19 @@ class KnowledgeGraph(NamedTuple):
       created: int32 [N], logical time of creation.
       updated: int32 [N], logical time of the last item that arrived.
       source: int32 [N, 2], document id and offset of the value, -1 when unknown.
+      symbol: int32 [N], the symbol that followed the value, -1 when unknown.
+      reads: int32 [N], how often the node was read, as far as `record_reads` was told.
       edge_target: int32 [N, M], node id at the end of an edge, N in an empty slot.
       edge_weight: float32 [N, M].
       edge_kind: int32 [N, M].
       edge_time: int32 [N, M], logical time of the last write.
+      edge_start: int32 [N, M], the first logical time at which the edge holds.
+      edge_end: int32 [N, M], the last logical time at which the edge holds.
       clock: int32 [], the largest logical time used so far.
       num_updates: int32 [], nodes created plus items merged so far; stops at its maximum.
+      num_merged: int32 [], the items merged among them; stops at its maximum.
       num_rejected: int32 [], items that could not be stored so far; stops at its maximum.
+      num_evicted: int32 [], nodes that lost their slot to another so far; stops at its maximum.
 
     Example:
       >>> graph = KnowledgeGraph.create(1024, 64)
@@ -43,6 +55,8 @@ class KnowledgeGraph(NamedTuple):
     """
 
     key: Float[Array, "N D"]
+    code: Int[Array, "N D"]
+    code_scale: Float[Array, "N"]
     value: Float[Array, "N D"]
     is_live: Bool[Array, "N"]
     kind: Int[Array, "N"]
@@ -52,13 +66,19 @@ class KnowledgeGraph(NamedTuple):
     created: Int[Array, "N"]
     updated: Int[Array, "N"]
     source: Int[Array, "N 2"]
+    symbol: Int[Array, "N"]
+    reads: Int[Array, "N"]
     edge_target: Int[Array, "N M"]
     edge_weight: Float[Array, "N M"]
     edge_kind: Int[Array, "N M"]
     edge_time: Int[Array, "N M"]
+    edge_start: Int[Array, "N M"]
+    edge_end: Int[Array, "N M"]
     clock: Int[Array, ""]
     num_updates: Int[Array, ""]
+    num_merged: Int[Array, ""]
     num_rejected: Int[Array, ""]
+    num_evicted: Int[Array, ""]
 
     @classmethod
     def create(cls, num_nodes: int, dim: int, *, num_edge_slots: int = 8) -> "KnowledgeGraph":
@@ -93,6 +113,8 @@ class KnowledgeGraph(NamedTuple):
 
         return cls(
             key=jnp.zeros((num_nodes, dim), jnp.float32),
+            code=jnp.zeros((num_nodes, dim), jnp.int8),
+            code_scale=jnp.zeros(nodes, jnp.float32),
             value=jnp.zeros((num_nodes, dim), jnp.float32),
             is_live=jnp.zeros(nodes, bool),
             kind=integers(nodes),
@@ -102,13 +124,19 @@ class KnowledgeGraph(NamedTuple):
             created=integers(nodes),
             updated=integers(nodes),
             source=integers((num_nodes, 2), -1),
+            symbol=integers(nodes, -1),
+            reads=integers(nodes),
             edge_target=integers(edges, num_nodes),
             edge_weight=jnp.zeros(edges, jnp.float32),
             edge_kind=integers(edges),
             edge_time=integers(edges),
+            edge_start=integers(edges),
+            edge_end=integers(edges, FOREVER),
             clock=integers(()),
             num_updates=integers(()),
+            num_merged=integers(()),
             num_rejected=integers(()),
+            num_evicted=integers(()),
         )
 
     @property
@@ -130,3 +158,29 @@ class KnowledgeGraph(NamedTuple):
     def num_live(self) -> Int[Array, ""]:
         """The number of live nodes, an int32 scalar on the device."""
         return jnp.sum(self.is_live, axis=-1, dtype=jnp.int32)
+
+
+def with_keys(
+    graph: KnowledgeGraph, at: Int[Array, "R"], keys: Float[Array, "R D"]
+) -> KnowledgeGraph:
+    """Write keys and their codes: the one way to change a key, so that searches see it.
+
+    Args:
+      graph: the graph before.
+      at: int32 [R], slots; those out of range are dropped.
+      keys: float32 [R, D], unit vectors from `moe_jax.ops.normalize`, or zeros to clear.
+
+    Returns:
+      The graph after.
+
+    Example:
+      >>> graph = with_keys(KnowledgeGraph.create(4, 2), jnp.array([1]), jnp.array([[0.6, 0.8]]))
+      >>> graph.code[1].tolist()
+      [95, 127]
+    """
+    code, scale = encode(keys)
+    return graph._replace(
+        key=graph.key.at[at].set(keys, mode="drop"),
+        code=graph.code.at[at].set(code, mode="drop"),
+        code_scale=graph.code_scale.at[at].set(scale, mode="drop"),
+    )

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.graph._arguments import check_choice, per_row, vectors
 from moe_jax.graph._leaders import Items, assign, store
-from moe_jax.graph.state import KnowledgeGraph
+from moe_jax.graph.state import KnowledgeGraph, with_keys
 from moe_jax.ops.similarity import normalize
 
 __all__ = ["InsertInfo", "insert"]
@@ -47,6 +47,7 @@ def insert(
     expert_id: ArrayLike | None = None,
     kind: ArrayLike | None = None,
     source: ArrayLike | None = None,
+    symbol: ArrayLike | None = None,
     weight: ArrayLike | None = None,
     is_valid: ArrayLike | None = None,
     time: ArrayLike | None = None,
@@ -61,7 +62,8 @@ def insert(
     cosine reaches the threshold. Otherwise it becomes a node in the lowest free slot, or is
     rejected when there is none. Nodes created earlier in the same call count. On a merge the
     node's hits grow by the item's weight, and if the item is strictly more confident than the
-    node, its value, confidence, source, expert_id and kind replace the node's.
+    node, its value, confidence, source, symbol, expert_id and kind replace the
+    node's.
 
     Under the "leader" rule keys never move, and the result does not depend, to the bit, on how a
     stream of items is split into calls. The work is done for all items at once. Under the "ema"
@@ -79,6 +81,7 @@ def insert(
       expert_id: [R] integers, -1 by default.
       kind: [R] integers, 0 by default.
       source: [R, 2] integers (document id, offset), -1 by default.
+      symbol: [R] integers, what followed the value, -1 by default.
       weight: [R] integers, how many items each stands for, 1 by default.
       is_valid: [R] bool, all by default; the others are ignored.
       time: [R] integers, by default one tick of the clock for each item that is valid and well
@@ -121,6 +124,7 @@ def insert(
         expert_id=ints("expert_id", expert_id, default=-1),
         kind=ints("kind", kind, default=0),
         source=ints("source", source, default=-1, tail=(2,)),
+        symbol=ints("symbol", symbol, default=-1),
         weight=ints("weight", weight, default=1),
         time=ints("time", time, default=0),
         is_valid=per_row("is_valid", is_valid, rows, True, bool),
@@ -163,6 +167,7 @@ def _insert(
     graph = graph._replace(
         clock=latest,
         num_updates=_saturating_add(graph.num_updates, _count(info.merged | info.created)),
+        num_merged=_saturating_add(graph.num_merged, _count(info.merged)),
         num_rejected=_saturating_add(graph.num_rejected, _count(rejected)),
     )
     return graph, info._replace(rejected=rejected)
@@ -190,7 +195,7 @@ def _insert_moving(
         moved = normalize(decay * old + (1.0 - decay) * item.key)
         # Opposite vectors may cancel, and a node without a direction could never be found.
         moved = jnp.where(jnp.any(moved != 0.0, axis=-1, keepdims=True), moved, old)
-        return graph._replace(key=graph.key.at[at].set(moved, mode="drop")), info
+        return with_keys(graph, at, moved), info
 
     one_by_one = jax.tree.map(lambda x: x[:, None], items)
     graph, info = jax.lax.scan(step, graph, one_by_one)

@@ -46,6 +46,7 @@ def random_items(rng, rows, dim, optional=()):
         "expert_id": rng.integers(3, size=rows).astype(np.int32),
         "kind": rng.integers(3, size=rows).astype(np.int32),
         "source": rng.integers(100, size=(rows, 2)).astype(np.int32),
+        "symbol": rng.integers(9, size=rows).astype(np.int32),
         "weight": rng.integers(1, 4, size=rows).astype(np.int32),
         "is_valid": rng.random(rows) < 0.9,
     }
