@@ -25,6 +25,7 @@ class KnowledgeGraph(NamedTuple):
       key: float32 [N, D], unit norm, what nodes are found by. Zero in a free slot.
       code: int8 [N, D], the key in short, which the first pass of a search reads; see `with_keys`.
       code_scale: float32 [N]; code times code_scale is about the key. Zero in a free slot.
+      code_error: float32 [N], at least the length of the difference. Zero in a free slot.
       value: float32 [N, D], what a node holds (its most confident item's value).
       is_live: bool [N].
       kind: int32 [N], a label chosen by the caller.
@@ -57,6 +58,7 @@ class KnowledgeGraph(NamedTuple):
     key: Float[Array, "N D"]
     code: Int[Array, "N D"]
     code_scale: Float[Array, "N"]
+    code_error: Float[Array, "N"]
     value: Float[Array, "N D"]
     is_live: Bool[Array, "N"]
     kind: Int[Array, "N"]
@@ -115,6 +117,7 @@ class KnowledgeGraph(NamedTuple):
             key=jnp.zeros((num_nodes, dim), jnp.float32),
             code=jnp.zeros((num_nodes, dim), jnp.int8),
             code_scale=jnp.zeros(nodes, jnp.float32),
+            code_error=jnp.zeros(nodes, jnp.float32),
             value=jnp.zeros((num_nodes, dim), jnp.float32),
             is_live=jnp.zeros(nodes, bool),
             kind=integers(nodes),
@@ -178,9 +181,10 @@ def with_keys(
       >>> graph.code[1].tolist()
       [95, 127]
     """
-    code, scale = encode(keys)
+    code, scale, error = encode(keys)
     return graph._replace(
         key=graph.key.at[at].set(keys, mode="drop"),
         code=graph.code.at[at].set(code, mode="drop"),
         code_scale=graph.code_scale.at[at].set(scale, mode="drop"),
+        code_error=graph.code_error.at[at].set(error, mode="drop"),
     )
