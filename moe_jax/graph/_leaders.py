@@ -51,8 +51,9 @@ def assign(
     num_items, nowhere = items.key.shape[0], graph.num_nodes
     if num_items == 0:
         return jnp.zeros(0, jnp.int32), jnp.zeros(0, bool), jnp.zeros(0, jnp.float32)
-    is_candidate = items.is_valid[:, None] & graph.is_live[None, :]
-    old_id, old_score = nearest(items.key, graph.key, is_candidate, 1, floor=threshold)
+    old_id, old_score = nearest(
+        items.key, graph.key, graph.is_live, 1, threshold, code=graph.codes, is_query=items.is_valid
+    )
     old_id, old_score = old_id[:, 0], old_score[:, 0]
 
     score = exact_cosine(items.key, items.key)

@@ -149,9 +149,17 @@ def _similar(
     """The k live nodes other than itself most similar to each query; N and -inf where fewer."""
     graph, queries = jax.lax.stop_gradient((graph, queries))
     is_valid = is_valid & jnp.any(queries != 0.0, axis=-1)
-    is_other = node_id[:, None] != jnp.arange(graph.num_nodes, dtype=jnp.int32)[None, :]
-    is_candidate = is_valid[:, None] & graph.is_live[None, :] & is_other
-    return nearest(queries, graph.key, is_candidate, k, floor=threshold)
+    # One more than asked for, since the node itself is most often the first.
+    target, score = nearest(
+        queries, graph.key, graph.is_live, min(k + 1, graph.num_nodes), threshold,
+        code=graph.codes, is_query=is_valid, is_certain=False,
+    )  # fmt: skip
+    is_other = (target != node_id[:, None]) & is_valid[:, None]
+    score = jnp.where(is_other, score, -jnp.inf)
+    order = jnp.argsort(~is_other, axis=1, stable=True)[:, :k]
+    score = jnp.take_along_axis(score, order, axis=1)
+    target = jnp.take_along_axis(target, order, axis=1)
+    return jnp.where(score > -jnp.inf, target, graph.num_nodes), score
 
 
 @functools.partial(jax.jit, static_argnames=("on_duplicate",))

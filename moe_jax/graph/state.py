@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops.code import encode
+from moe_jax.ops.code import Code, encode
 from moe_jax.ops.similarity import MAX_DIM
 
 __all__ = ["FOREVER", "KnowledgeGraph", "with_keys"]
@@ -156,6 +156,11 @@ class KnowledgeGraph(NamedTuple):
     def num_edge_slots(self) -> int:
         """M, the number of edge slots of a node."""
         return self.edge_target.shape[-1]
+
+    @property
+    def codes(self) -> Code:
+        """The keys' codes, for the first pass of a search."""
+        return Code(self.code, self.code_scale, self.code_error)
 
     @property
     def num_live(self) -> Int[Array, ""]:

@@ -1,5 +1,7 @@
 """Pure array functions: exact similarity, nearest neighbours, top-k."""
 
+from moe_jax.ops.code import Code as Code
+from moe_jax.ops.code import encode as encode
 from moe_jax.ops.independent import first_independent as first_independent
 from moe_jax.ops.nearest import nearest as nearest
 from moe_jax.ops.similarity import exact_cosine as exact_cosine

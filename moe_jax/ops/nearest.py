@@ -1,12 +1,15 @@
-"""Nearest neighbours by exact cosine among masked rows."""
+"""Nearest neighbours by cosine among masked rows."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
+from moe_jax.ops import _coded_gpu
+from moe_jax.ops.code import Code
 from moe_jax.ops.similarity import exact_cosine, exact_cosine_pairs
 from moe_jax.ops.top_k import top_k
 
@@ -14,27 +17,44 @@ __all__ = ["nearest"]
 
 _OVERFETCH = 8
 
+# (ids [Q, F], N where there are fewer; bound [Q] on the cosine of the candidates left out)
+_Pick = tuple[Array, Array]
 
-@functools.partial(jax.jit, static_argnames="k")
+
+@functools.partial(jax.jit, static_argnames=("k", "is_certain", "implementation"))
 def nearest(
     queries: Float[Array, "Q D"],
     keys: Float[Array, "N D"],
-    is_candidate: Bool[Array, "Q N"],
+    is_candidate: Bool[Array, "#Q N"] | Bool[Array, "N"],
     k: int,
     floor: ArrayLike = -1.0,
+    *,
+    code: Code | None = None,
+    is_query: Bool[Array, "Q"] | None = None,
+    is_certain: bool = True,
+    implementation: str | None = None,
 ) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
     """The k keys with the largest exact cosine to each query, ties to the lower index.
 
-    A float32 matmul picks a few more than k keys, and only those are scored exactly. Should
-    the pick be too close to call (more near-ties at its end than its rounding can tell apart),
-    every key is scored exactly instead, so the answer never depends on the pick.
+    A first pass picks a few more than k keys: on NVIDIA GPUs, for small k, by eight-bit codes in
+    two fused kernels, elsewhere by a float32 matmul. Only those are scored exactly. The pass also
+    bounds the cosine of every key left out. Should that bound reach the k-th score (near-ties that
+    the pass cannot tell apart), a finer pass is made, and in the end every key is scored exactly,
+    so that the answer never depends on the pick.
 
     Args:
       queries: float32 [Q, D], unit vectors (or zeros) from `moe_jax.ops.similarity.normalize`.
       keys: float32 [N, D], likewise.
-      is_candidate: bool [Q, N], which keys each query may choose.
+      is_candidate: bool [N], the keys that may be chosen; or [Q, N], by query.
       k: how many, between 1 and N.
       floor: scores below it need not be told apart; a scalar.
+      code: `encode(keys)`, kept beside them; without it the keys themselves are read.
+      is_query: bool [Q], the queries that matter, all by default; the others may get any answer.
+      is_certain: False takes the first pass's pick for good: keys within the pass's rounding of
+        the k-th (about 1e-3 by code, 1e-6 by matmul) may be missed, and scores may be plain
+        float32 sums.
+      implementation: "code" or "matmul" for the first pass; by default the faster one that can
+        take the sizes.
 
     Returns:
       (ids [Q, k] int32, with N where there are fewer than k candidates, and scores [Q, k]
@@ -42,30 +62,72 @@ def nearest(
 
     Example:
       >>> keys = jnp.eye(3)
-      >>> ids, scores = nearest(keys[:1], keys, jnp.ones((1, 3), bool), 2)
+      >>> ids, scores = nearest(keys[:1], keys, jnp.ones(3, bool), 2)
       >>> ids.tolist(), scores.tolist()
       ([[0, 1]], [[1.0, 0.0]])
     """
-    num_keys, dim = keys.shape
-    rough = jax.lax.platform_dependent(queries, keys, cuda=_cosine_in_parts, default=_cosine)
-    rough = jnp.where(is_candidate, rough, -jnp.inf)
-    fetch = min(num_keys, k + _OVERFETCH)
-    rough, picked = top_k(rough, fetch)
-    ids, scores = _best_of_picked(queries, keys, picked, rough > -jnp.inf, k)
-    if fetch == num_keys:
-        return ids, scores
+    num_queries, num_keys = queries.shape[0], keys.shape[0]
+    if is_query is None:
+        is_query = jnp.ones(num_queries, bool)
+    mask = jnp.atleast_2d(is_candidate)
 
     def score_all() -> tuple[Array, Array]:
-        score = jnp.where(is_candidate, exact_cosine(queries, keys), -jnp.inf)
+        score = jnp.where(mask, exact_cosine(queries, keys), -jnp.inf)
         best, index = top_k(score, k)
         return jnp.where(best > -jnp.inf, index, num_keys), best
 
+    def best_of(pick: _Pick, otherwise: Callable[[], tuple[Array, Array]]) -> tuple[Array, Array]:
+        picked, unseen = pick
+        ids, scores = _best_of_picked(queries, keys, picked, k)
+        if not is_certain or picked.shape[1] == num_keys:
+            return ids, scores
+        is_close = unseen >= jnp.maximum(scores[:, -1], jnp.asarray(floor, jnp.float32))
+        is_close = is_close & (unseen > -jnp.inf) & is_query
+        return jax.lax.cond(jnp.any(is_close), otherwise, lambda: (ids, scores))
+
+    def by_matmul() -> tuple[Array, Array]:
+        return best_of(_pick_by_matmul(queries, keys, mask, k), score_all)
+
+    def by_code(interpret: bool = False) -> tuple[Array, Array]:
+        picked = _coded_gpu.pick(
+            queries, keys, code, is_candidate, 16 if k <= 11 else 32, interpret=interpret
+        )
+        if not is_certain:
+            return picked.ids[:, :k], picked.scores[:, :k]
+        return best_of((picked.ids, picked.unseen), by_matmul)
+
+    can_code = code is not None and is_candidate.ndim == 1 and k <= 24
+    can_code = can_code and _coded_gpu.is_supported(*keys.shape)
+    if implementation == "code":
+        if not can_code:
+            raise ValueError(
+                "implementation='code' needs code, an is_candidate of one axis, at least 128 keys,"
+                f" a width that 64 divides and k up to 24, got keys {keys.shape} and k={k}"
+            )
+        return by_code(interpret=jax.default_backend() != "gpu")
+    if implementation not in (None, "matmul"):
+        raise ValueError(f"implementation must be 'code', 'matmul' or None, got {implementation!r}")
+    if implementation is None and can_code and jax.default_backend() == "gpu":
+        return jax.lax.platform_dependent(cuda=by_code, default=by_matmul)
+    return by_matmul()
+
+
+def _pick_by_matmul(
+    queries: Float[Array, "Q D"], keys: Float[Array, "N D"], mask: Bool[Array, "#Q N"], k: int
+) -> _Pick:
+    num_keys, dim = keys.shape
+    if jax.default_backend() == "gpu":
+        rough = jax.lax.platform_dependent(queries, keys, cuda=_cosine_in_parts, default=_cosine)
+    else:
+        rough = _cosine(queries, keys)
+    rough = jnp.where(mask, rough, -jnp.inf)
+    rough, picked = top_k(rough, min(num_keys, k + _OVERFETCH))
+    # The minimum, not the last column: reading one column makes XLA on CPUs sort whole rows.
+    last = jnp.min(rough, axis=1)
     # A float32 dot product of unit vectors is off by at most its length times 2**-24, and leaving
     # out the product of two second parts costs 3 * 2**-18; both ends may be off.
     slack = (3 * dim + 8) * 2.0**-23 + 2.0**-15
-    last = rough[:, -1]
-    is_close = (last > -jnp.inf) & (last + slack >= jnp.maximum(scores[:, -1], floor))
-    return jax.lax.cond(jnp.any(is_close), score_all, lambda: (ids, scores))
+    return jnp.where(rough > -jnp.inf, picked, num_keys), last + slack
 
 
 def _cosine(queries: Float[Array, "Q D"], keys: Float[Array, "N D"]) -> Float[Array, "Q N"]:
@@ -88,16 +150,12 @@ def _cosine_in_parts(
 
 
 def _best_of_picked(
-    queries: Float[Array, "Q D"],
-    keys: Float[Array, "N D"],
-    picked: Int[Array, "Q F"],
-    is_candidate: Bool[Array, "Q F"],
-    k: int,
+    queries: Float[Array, "Q D"], keys: Float[Array, "N D"], picked: Int[Array, "Q F"], k: int
 ) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
     """Score the picked keys exactly and sort them by (score descending, index ascending)."""
-    chosen = keys[picked]
+    num_keys = keys.shape[0]
+    chosen = keys[jnp.minimum(picked, num_keys - 1)]
     score = exact_cosine_pairs(jnp.broadcast_to(queries[:, None, :], chosen.shape), chosen)
-    negated = jnp.where(is_candidate, -score, jnp.inf)
-    index = jnp.where(is_candidate, picked, keys.shape[0])
-    negated, index = jax.lax.sort((negated, index), dimension=-1, num_keys=2)
+    negated = jnp.where(picked < num_keys, -score, jnp.inf)
+    negated, index = jax.lax.sort((negated, picked), dimension=-1, num_keys=2)
     return index[:, :k], -negated[:, :k]

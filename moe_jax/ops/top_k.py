@@ -8,7 +8,7 @@ from moe_jax._types import Array
 __all__ = ["top_k"]
 
 
-def top_k(x: Array, k: int, chunk_size: int = 128) -> tuple[Array, Array]:
+def top_k(x: Array, k: int, chunk_size: int | None = None) -> tuple[Array, Array]:
     """The k largest entries along the last axis, best first, ties to the lower index.
 
     Values and indices equal those of `jax.lax.top_k`, ties included, except that in long rows
@@ -20,7 +20,8 @@ def top_k(x: Array, k: int, chunk_size: int = 128) -> tuple[Array, Array]:
     Args:
       x: [..., N], a float or integer dtype.
       k: how many to return, between 0 and N.
-      chunk_size: length of a chunk, at least 1.
+      chunk_size: length of a chunk, at least 1; by default 32 on GPUs, and no chunks elsewhere,
+        where `jax.lax.top_k` itself reads the row once.
 
     Returns:
       (values [..., k] of x's dtype, indices [..., k] int32).
@@ -36,6 +37,8 @@ def top_k(x: Array, k: int, chunk_size: int = 128) -> tuple[Array, Array]:
     size = x.shape[-1]
     if not 0 <= k <= size:
         raise ValueError(f"k must be between 0 and {size}, the length of the last axis, got {k}")
+    if chunk_size is None:
+        chunk_size = 32 if jax.default_backend() == "gpu" else size + 1
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if k == 0 or k * chunk_size >= size:
