@@ -152,7 +152,7 @@ def _similar(
     # One more than asked for, since the node itself is most often the first.
     target, score = nearest(
         queries, graph.key, graph.is_live, min(k + 1, graph.num_nodes), threshold,
-        code=graph.codes, is_query=is_valid, is_certain=False,
+        code=graph.codes, is_query=is_valid, precision="scored",
     )  # fmt: skip
     is_other = (target != node_id[:, None]) & is_valid[:, None]
     score = jnp.where(is_other, score, -jnp.inf)

@@ -147,6 +147,7 @@ def _search(
     for name, wanted in filters.items():
         if wanted.ndim == 0:
             is_candidate &= _ACCEPTS[name](graph, wanted)
+    precision = "exact" if reproducible else "quick"
     by_query = {name: wanted for name, wanted in filters.items() if wanted.ndim == 1}
 
     def find(queries: Float[Array, "Q D"], by_query: dict[str, Array]) -> tuple[Array, Array]:
@@ -155,7 +156,7 @@ def _search(
             accepts = functools.partial(_ACCEPTS[name], graph)
             mask = jnp.atleast_2d(mask) & jax.vmap(accepts)(wanted)
         return nearest(
-            queries, graph.key, mask, k, threshold, code=graph.codes, is_certain=reproducible,
+            queries, graph.key, mask, k, threshold, code=graph.codes, precision=precision,
             is_query=jnp.any(queries != 0.0, axis=-1), implementation=implementation,
         )  # fmt: skip
 

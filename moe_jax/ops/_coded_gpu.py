@@ -172,9 +172,7 @@ def _select(
 ) -> Picked:
     """The rows with the largest bounds, but for the queries' own error in `unseen`."""
     num_queries = bounds.shape[0]
-    kernel = functools.partial(
-        _select_kernel, num_picked=num_picked, rows_per_chunk=rows_per_chunk
-    )
+    kernel = functools.partial(_select_kernel, num_picked=num_picked, rows_per_chunk=rows_per_chunk)
     inputs = (bounds, queries, short.code, short.scale, keys, *table)
     shape = (num_queries, num_picked)
     shapes = (shape, jnp.int32), (shape, jnp.float32), ((num_queries,), jnp.float32)
@@ -198,9 +196,7 @@ def _select_kernel(
     query, num_chunks = pl.program_id(0), bounds_ref.shape[1]
     num_rows, dim = rows_ref.shape
     chunk = jax.lax.iota(jnp.int32, pl.next_power_of_2(num_chunks))
-    bound = plgpu.load(
-        bounds_ref.at[query, chunk], mask=chunk < num_chunks, other=-jnp.inf
-    )
+    bound = plgpu.load(bounds_ref.at[query, chunk], mask=chunk < num_chunks, other=-jnp.inf)
     chunks, left_out = _largest(bound, None, num_picked, nothing=chunk.shape[0])
 
     num_positions = num_picked * rows_per_chunk

@@ -21,7 +21,7 @@ _OVERFETCH = 8
 _Pick = tuple[Array, Array]
 
 
-@functools.partial(jax.jit, static_argnames=("k", "is_certain", "implementation"))
+@functools.partial(jax.jit, static_argnames=("k", "precision", "implementation"))
 def nearest(
     queries: Float[Array, "Q D"],
     keys: Float[Array, "N D"],
@@ -31,7 +31,7 @@ def nearest(
     *,
     code: Code | None = None,
     is_query: Bool[Array, "Q"] | None = None,
-    is_certain: bool = True,
+    precision: str = "exact",
     implementation: str | None = None,
 ) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
     """The k keys with the largest exact cosine to each query, ties to the lower index.
@@ -50,9 +50,9 @@ def nearest(
       floor: scores below it need not be told apart; a scalar.
       code: `encode(keys)`, kept beside them; without it the keys themselves are read.
       is_query: bool [Q], the queries that matter, all by default; the others may get any answer.
-      is_certain: False takes the first pass's pick for good: keys within the pass's rounding of
-        the k-th (about 1e-3 by code, 1e-6 by matmul) may be missed, and scores may be plain
-        float32 sums.
+      precision: "exact" as above. "scored" takes the first pass's pick for good, so that keys
+        within the pass's rounding of the k-th (about 1e-3 by code, 1e-6 by matmul) may be missed;
+        scores are exact. "quick" also takes plain float32 sums as scores.
       implementation: "code" or "matmul" for the first pass; by default the faster one that can
         take the sizes.
 
@@ -66,6 +66,8 @@ def nearest(
       >>> ids.tolist(), scores.tolist()
       ([[0, 1]], [[1.0, 0.0]])
     """
+    if precision not in ("exact", "scored", "quick"):
+        raise ValueError(f"precision must be 'exact', 'scored' or 'quick', got {precision!r}")
     num_queries, num_keys = queries.shape[0], keys.shape[0]
     if is_query is None:
         is_query = jnp.ones(num_queries, bool)
@@ -79,20 +81,23 @@ def nearest(
     def best_of(pick: _Pick, otherwise: Callable[[], tuple[Array, Array]]) -> tuple[Array, Array]:
         picked, unseen = pick
         ids, scores = _best_of_picked(queries, keys, picked, k)
-        if not is_certain or picked.shape[1] == num_keys:
+        if precision == "scored" or picked.shape[1] == num_keys:
             return ids, scores
         is_close = unseen >= jnp.maximum(scores[:, -1], jnp.asarray(floor, jnp.float32))
         is_close = is_close & (unseen > -jnp.inf) & is_query
         return jax.lax.cond(jnp.any(is_close), otherwise, lambda: (ids, scores))
 
     def by_matmul() -> tuple[Array, Array]:
+        if precision == "quick":
+            scores, ids = top_k(_rough(queries, keys, mask), k)
+            return jnp.where(scores > -jnp.inf, ids, num_keys), scores
         return best_of(_pick_by_matmul(queries, keys, mask, k), score_all)
 
     def by_code(interpret: bool = False) -> tuple[Array, Array]:
         picked = _coded_gpu.pick(
             queries, keys, code, is_candidate, 16 if k <= 11 else 32, interpret=interpret
         )
-        if not is_certain:
+        if precision == "quick":
             return picked.ids[:, :k], picked.scores[:, :k]
         return best_of((picked.ids, picked.unseen), by_matmul)
 
@@ -116,18 +121,24 @@ def _pick_by_matmul(
     queries: Float[Array, "Q D"], keys: Float[Array, "N D"], mask: Bool[Array, "#Q N"], k: int
 ) -> _Pick:
     num_keys, dim = keys.shape
-    if jax.default_backend() == "gpu":
-        rough = jax.lax.platform_dependent(queries, keys, cuda=_cosine_in_parts, default=_cosine)
-    else:
-        rough = _cosine(queries, keys)
-    rough = jnp.where(mask, rough, -jnp.inf)
-    rough, picked = top_k(rough, min(num_keys, k + _OVERFETCH))
+    rough, picked = top_k(_rough(queries, keys, mask), min(num_keys, k + _OVERFETCH))
     # The minimum, not the last column: reading one column makes XLA on CPUs sort whole rows.
     last = jnp.min(rough, axis=1)
     # A float32 dot product of unit vectors is off by at most its length times 2**-24, and leaving
     # out the product of two second parts costs 3 * 2**-18; both ends may be off.
     slack = (3 * dim + 8) * 2.0**-23 + 2.0**-15
     return jnp.where(rough > -jnp.inf, picked, num_keys), last + slack
+
+
+def _rough(
+    queries: Float[Array, "Q D"], keys: Float[Array, "N D"], mask: Bool[Array, "#Q N"]
+) -> Float[Array, "Q N"]:
+    """Cosines rounded as float32 sums are, -inf where masked."""
+    if jax.default_backend() == "gpu":
+        rough = jax.lax.platform_dependent(queries, keys, cuda=_cosine_in_parts, default=_cosine)
+    else:
+        rough = _cosine(queries, keys)
+    return jnp.where(mask, rough, -jnp.inf)
 
 
 def _cosine(queries: Float[Array, "Q D"], keys: Float[Array, "N D"]) -> Float[Array, "Q N"]:

@@ -1,0 +1,110 @@
+"""Nearest neighbours by every implementation and precision, against a sort of exact cosines."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.ops import encode, exact_cosine, nearest, normalize
+
+N, Q, D = 300, 6, 64
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    """Keys with copies, near-copies and zeros; queries near them, one of them zero."""
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(N, D)).astype(np.float32)
+    keys[200:230] = keys[:30]
+    keys[230:260] = keys[0] + 1e-4 * rng.normal(size=(30, D))
+    keys[290:] = 0
+    queries = keys[[0, 1, 50, 51, 52, 290]] + 0.1 * rng.normal(size=(Q, D)).astype(np.float32)
+    queries[5] = 0
+    return normalize(queries), normalize(keys)
+
+
+def expected(queries, keys, mask, k):
+    score = np.where(mask, exact_cosine(queries, keys), -np.inf)
+    order = np.argsort(-score, axis=1, kind="stable")[:, :k]
+    best = np.take_along_axis(score, order, axis=1)
+    return np.where(best > -np.inf, order, N), best
+
+
+MASKS = {
+    "all": np.ones(N, bool),
+    "some": np.arange(N) % 3 > 0,
+    "few": np.arange(N) < 4,
+    "none": np.zeros(N, bool),
+    "by query": np.random.default_rng(1).random((Q, N)) < 0.4,
+}
+
+
+@pytest.mark.parametrize("implementation", ["matmul", "code"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_exact(vectors, implementation, mask):
+    if implementation == "code" and MASKS[mask].ndim == 2:
+        pytest.skip("codes are for one mask")
+    queries, keys = vectors
+    for k in (1, 10):
+        ids, scores = nearest(
+            queries, keys, jnp.asarray(MASKS[mask]), k, code=encode(keys),
+            implementation=implementation,
+        )  # fmt: skip
+        want_ids, want_scores = expected(queries, keys, MASKS[mask], k)
+        np.testing.assert_array_equal(ids, want_ids)
+        np.testing.assert_array_equal(scores, want_scores)
+
+
+@pytest.mark.parametrize("implementation", ["matmul", "code"])
+@pytest.mark.parametrize("precision", ["scored", "quick"])
+def test_what_is_not_certain_is_close(vectors, implementation, precision):
+    queries, keys = vectors
+    mask = jnp.arange(N) < 230  # without the crowd of near-copies
+    ids, scores = nearest(
+        queries, keys, mask, 5, code=encode(keys), precision=precision,
+        implementation=implementation,
+    )  # fmt: skip
+    score = np.where(mask, exact_cosine(queries, keys), -np.inf)
+    true = np.take_along_axis(score, np.asarray(ids), axis=1)
+    np.testing.assert_allclose(scores, true, atol=1e-6)
+    np.testing.assert_allclose(scores, -np.sort(-score, axis=1)[:, :5], atol=2e-3)
+
+
+def test_queries_that_do_not_matter_cost_no_second_look(vectors):
+    queries, keys = vectors
+    mask, is_query = jnp.ones(N, bool), jnp.arange(Q) > 0
+    ids, _ = nearest(queries, keys, mask, 3, code=encode(keys), is_query=is_query,
+                     implementation="code")  # fmt: skip
+    want, _ = expected(queries, keys, np.ones(N, bool), 3)
+    np.testing.assert_array_equal(ids[1:], want[1:])
+
+
+def test_many_rows_and_a_last_tile_that_overlaps():
+    rng = np.random.default_rng(2)
+    keys = normalize(rng.normal(size=(1000, D)))
+    queries = normalize(keys[jnp.array([0, 895, 896, 897, 999])] + 0.05 * rng.normal(size=(5, D)))
+    ids, _ = nearest(queries, keys, jnp.ones(1000, bool), 1, code=encode(keys),
+                     implementation="code", precision="quick")  # fmt: skip
+    np.testing.assert_array_equal(ids[:, 0], [0, 895, 896, 897, 999])
+
+
+def test_no_row_is_sorted_whole():
+    keys, queries = jnp.zeros((5000, 8)), jnp.zeros((3, 8))
+    for k in (1, 16, 17, 128):
+        for precision in ("exact", "quick"):
+            run = jax.jit(lambda q, x, k=k, p=precision: nearest(
+                q, x, jnp.ones(5000, bool), k, precision=p))  # fmt: skip
+            text = run.lower(queries, keys).compile().as_text()
+            sorts = [line for line in text.splitlines() if " sort(" in line]
+            assert not any("[3,5000]" in line for line in sorts), sorts
+
+
+def test_wrong_calls(vectors):
+    queries, keys = vectors
+    mask = jnp.ones(N, bool)
+    with pytest.raises(ValueError, match="precision must be .* got 'high'"):
+        nearest(queries, keys, mask, 1, precision="high")
+    with pytest.raises(ValueError, match="implementation must be .* got 'cuda'"):
+        nearest(queries, keys, mask, 1, implementation="cuda")
+    with pytest.raises(ValueError, match="needs code.* k=25"):
+        nearest(queries, keys, mask, 25, code=encode(keys), implementation="code")
