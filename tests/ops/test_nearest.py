@@ -102,9 +102,9 @@ def test_no_row_is_sorted_whole():
 def test_wrong_calls(vectors):
     queries, keys = vectors
     mask = jnp.ones(N, bool)
-    with pytest.raises(ValueError, match="precision must be .* got 'high'"):
+    with pytest.raises(ValueError, match="got 'high'"):
         nearest(queries, keys, mask, 1, precision="high")
-    with pytest.raises(ValueError, match="implementation must be .* got 'cuda'"):
+    with pytest.raises(ValueError, match="got 'cuda'"):
         nearest(queries, keys, mask, 1, implementation="cuda")
-    with pytest.raises(ValueError, match="needs code.* k=25"):
+    with pytest.raises(ValueError, match="and k=25"):
         nearest(queries, keys, mask, 25, code=encode(keys), implementation="code")
