@@ -295,6 +295,5 @@ def _import_networkx() -> Any:
     try:
         import networkx
     except ImportError as error:
-        message = "networkx is not installed: pip install 'moe-jax[graph]'"
-        raise ImportError(message) from error
+        raise ImportError("networkx is not installed: pip install 'moe-jax[graph]'") from error
     return networkx

@@ -63,6 +63,15 @@ def graph_of(rng):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Builds of HNSW repeat, and small searches do not wait for threads."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def graph():
     return graph_of(np.random.default_rng(0))
@@ -290,20 +299,53 @@ def test_without_faiss(graph, monkeypatch):
         FaissIndex(graph)
 
 
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Indexes of the host in place of the GPU's, which remove nothing and return few rows."""
+    for name, value in {
+        "StandardGpuResources": object,
+        "index_cpu_to_gpu": lambda resources, device, index: index,
+        "index_gpu_to_cpu": faiss.clone_index,
+    }.items():
+        monkeypatch.setattr(faiss, name, value, raising=False)
+    monkeypatch.setattr("moe_jax.interop._faiss_store._GPU_MOST", 30)
+
+    def refuse(*_):
+        raise RuntimeError("not on a GPU")
+
+    monkeypatch.setattr(faiss, "IDSelectorBatch", refuse)
+    monkeypatch.setattr(faiss, "IDSelectorBitmap", refuse)
+
+
+def follow_on_a_gpu(graph, queries, kind, path):
+    rng = np.random.default_rng(6)
+    index = FaissIndex(graph, kind, gpu=True, probes=64)
+    rebuilt = []
+    for _ in range(8):
+        some = {"expert_id": 1, "as_of": np.arange(24) * 9}
+        assert_same_hits(index.search(queries, 10), fast_search(graph, queries, k=10))
+        hits = index.search(queries, 10, **some)
+        assert_same_hits(hits, fast_search(graph, queries, k=10, **some))
+        graph = changed(rng, graph)
+        rebuilt.append(index.sync(graph).rebuilt)
+    assert len(set(rebuilt)) == 2
+    assert index.search(queries, N).is_valid.sum(1).max() == int(graph.num_live)
+    index.save(path)
+    for gpu in (False, True):
+        again = FaissIndex.load(path, graph, gpu=gpu, probes=64)
+        assert_same_hits(again.search(queries, 10), fast_search(graph, queries, k=10))
+
+
+@pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="this faiss has a GPU part")
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_as_on_a_gpu(graph, queries, kind, tmp_path):
+    follow_on_a_gpu(graph, queries, kind, tmp_path / "index")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 def test_on_a_gpu(graph, queries, kind, tmp_path):
     if not hasattr(faiss, "StandardGpuResources"):
         pytest.skip("the faiss installed here has no GPU part")
-    rng = np.random.default_rng(6)
-    index = FaissIndex(graph, kind, gpu=True, probes=64)
-    for _ in range(8):
-        some = {"expert_id": 1, "as_of": np.arange(24)}
-        assert_same_hits(index.search(queries, 10), fast_search(graph, queries, k=10))
-        hits = index.search(queries, 10, **some)
-        assert_same_hits(hits, fast_search(graph, queries, k=10, **some))
-        graph = changed(rng, graph)
-        index.sync(graph)
-    index.save(tmp_path / "index")
-    again = FaissIndex.load(tmp_path / "index", graph, gpu=True, probes=64)
-    assert_same_hits(again.search(queries, 10), fast_search(graph, queries, k=10))
+    follow_on_a_gpu(graph, queries, kind, tmp_path / "index")
