@@ -1,8 +1,9 @@
 """The whole system: memory, supervisor, experts, librarian and graph, from one config."""
 
 import functools
+import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -245,7 +246,8 @@ class MoESystem(nn.Module):
 
         The sequences take the way of any input up to the librarian; the keys of their draft
         reports are then searched for, and a sequence's answer is the best of all its reports'
-        hits, each node once.
+        hits, each node once. With `use_faiss` the search is faiss's, on the host, through one
+        index for the system, which follows the graph.
 
         Args:
             variables: of the system.
@@ -269,9 +271,8 @@ class MoESystem(nn.Module):
             (2, 3)
         """
         output = _infer(self, variables, x, graph, is_valid)
-        return search_reports(
-            graph, output, k, threshold=threshold, use_faiss=self.config.use_faiss
-        )
+        index = _faiss_index(self, graph) if self.config.use_faiss else None
+        return search_reports(graph, output, k, threshold=threshold, index=index)
 
     def _checked(self, graph: KnowledgeGraph | None) -> KnowledgeGraph:
         if graph is None:
@@ -325,7 +326,7 @@ def search_reports(
     k: int,
     *,
     threshold: float = -1.0,
-    use_faiss: bool = False,
+    index: Any = None,
 ) -> Hits:
     """Searches the graph for every report of a batch and merges the hits per sequence.
 
@@ -334,7 +335,8 @@ def search_reports(
         output: of a system whose `report_scope` is "sequence".
         k: nodes wanted per sequence.
         threshold: least cosine of a hit.
-        use_faiss: search on the host through faiss; not inside jit.
+        index: a `moe_jax.interop.faiss.FaissIndex` to bring up to date with the graph and search
+            on the host instead; not inside jit.
 
     Returns:
         Hits of shape [B, k], each node at most once per sequence.
@@ -355,14 +357,27 @@ def search_reports(
     if output.reports is None or output.reports.summary.shape[0] != batch * num_experts:
         raise ValueError('report_scope must be "sequence" to query by sequence')
     keys = jnp.where(output.reports.is_valid[:, None], output.proposals.key, 0.0)
-    if use_faiss:
-        from moe_jax.interop.faiss import FaissIndex
-
-        hits = FaissIndex(graph).search(keys, k, threshold)
-    else:
+    if index is None:
         hits = kg.search(graph, keys, k, threshold)
+    else:
+        with index.lock:
+            index.sync(graph)
+            hits = index.search(keys, k, threshold)
     per_sequence = jax.tree.map(lambda a: a.reshape(batch, -1), hits)
     return _best_distinct(per_sequence, k, graph.num_nodes)
+
+
+_faiss_indexes: weakref.WeakKeyDictionary[MoESystem, Any] = weakref.WeakKeyDictionary()
+
+
+def _faiss_index(system: MoESystem, graph: KnowledgeGraph) -> Any:
+    """The index of a system, new when there is none yet or the graph has another size."""
+    from moe_jax.interop.faiss import FaissIndex
+
+    index = _faiss_indexes.get(system)
+    if index is None or (index.num_nodes, index.dim) != (graph.num_nodes, graph.dim):
+        index = _faiss_indexes[system] = FaissIndex(graph)
+    return index
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

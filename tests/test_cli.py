@@ -1,5 +1,6 @@
 """The command line: what it prints, what it leaves behind, how it fails."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 from moe_jax import cli
 from moe_jax.config import smallest_run
 from moe_jax.training import read_metrics
+from moe_jax.training.run import open_run
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,20 @@ def test_query_shows_the_nearest_insights_with_their_source(monkeypatch, capsys,
     assert shown.count(".py:") == 5
     assert "similarity" in shown
     assert "confidence" in shown
+
+
+def test_a_run_can_be_asked_through_faiss(run):
+    pytest.importorskip("faiss")
+    opened = open_run(run)
+    moe = opened.config.model.moe.replace(use_faiss=True)
+    model = dataclasses.replace(opened.config.model, moe=moe)
+    through = dataclasses.replace(opened, config=dataclasses.replace(opened.config, model=model))
+    ours, theirs = opened.query("def __enter__(self):"), through.query("def __enter__(self):")
+    assert [insight.node for insight in theirs] == [insight.node for insight in ours]
+    similarities = [insight.similarity for insight in theirs]
+    np.testing.assert_allclose(similarities, [i.similarity for i in ours], atol=1e-6)
+    assert through._faiss_index is through._faiss_index
+    assert opened._faiss_index is None
 
 
 def test_info_shows_the_run(monkeypatch, capsys, run):

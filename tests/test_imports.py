@@ -75,7 +75,7 @@ def test_the_walk_sees_what_it_forbids(tmp_path):
 
 
 def test_importing_the_package_leaves_heavy_libraries_out():
-    heavy = ("torch", "faiss", "matplotlib", "grain", "transformers", "datasets")
+    heavy = ("torch", "faiss", "networkx", "matplotlib", "grain", "transformers", "datasets")
     code = f"import sys, moe_jax; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT.parent

@@ -13,6 +13,7 @@ from random_variables import random_variables
 from moe_jax import KnowledgeGraph, MoESystem
 from moe_jax.config import tiny
 from moe_jax.experts import EXPERTS
+from moe_jax.interop.faiss import FaissIndex
 from moe_jax.ops import normalize
 from moe_jax.system import search_reports
 
@@ -206,36 +207,38 @@ def test_query_has_no_hits_without_nodes():
 
 def test_faiss_gives_the_same_answers():
     pytest.importorskip("faiss")
+    index = FaissIndex(system_of().create_graph())
     graph, out = written()[0], compiled()(variables_of(), inputs(1))
     threshold = float(jnp.median(search_reports(graph, out, 4).scores))
     ours = search_reports(graph, out, 4, threshold=threshold)
     assert np.all(np.asarray(ours.scores)[np.asarray(ours.is_valid)] >= threshold)
-    theirs = search_reports(graph, out, 4, threshold=threshold, use_faiss=True)
+    theirs = search_reports(graph, out, 4, threshold=threshold, index=index)
     assert 0 < ours.is_valid.sum() < ours.is_valid.size
     np.testing.assert_array_equal(ours.is_valid, theirs.is_valid)
     np.testing.assert_array_equal(ours.ids, theirs.ids)
     np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-6)
-    empty = search_reports(system_of().create_graph(), out, 4, use_faiss=True)
+    empty = search_reports(system_of().create_graph(), out, 4, index=index)
     assert not np.any(empty.is_valid)
 
 
 def test_the_config_chooses_faiss(monkeypatch):
-    faiss = pytest.importorskip("faiss")
+    pytest.importorskip("faiss")
     asked = []
+    search = FaissIndex.search
 
-    class Spy(faiss.IndexFlatIP):
-        def search(self, *arguments):
-            asked.append(arguments)
-            return super().search(*arguments)
+    def spy(index, *arguments):
+        asked.append(index)
+        return search(index, *arguments)
 
-    monkeypatch.setattr(faiss, "IndexFlatIP", Spy)
+    monkeypatch.setattr(FaissIndex, "search", spy)
     graph, out = written()[0], compiled()(variables_of(), inputs(1))
     monkeypatch.setattr("moe_jax.system._infer", lambda *_: out)
-    hits = system_of(use_faiss=True).query(variables_of(), graph, inputs(), k=2)
-    assert len(asked) == 1
-    ours = system_of().query(variables_of(), graph, inputs(), k=2)
-    assert len(asked) == 1
-    np.testing.assert_array_equal(hits.ids, ours.ids)
+    system, ours = system_of(use_faiss=True), system_of()
+    for now in (system.create_graph(), graph):
+        hits = system.query(variables_of(), now, inputs(), k=2)
+        np.testing.assert_array_equal(hits.ids, ours.query(variables_of(), now, inputs(), k=2).ids)
+    assert len(asked) == 2
+    assert asked[0] is asked[1]
 
 
 def test_wrong_calls_are_refused():

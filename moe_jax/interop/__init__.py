@@ -1,1 +1,1 @@
-"""Other worlds: weights of the original system, faiss. Each import is lazy."""
+"""Other worlds: weights of the original system, faiss, NetworkX. Each import is lazy."""

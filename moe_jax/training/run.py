@@ -1,6 +1,7 @@
 """Run folders: start, resume, open and ask them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from moe_jax.data import (
     xz_bits_per_byte,
 )
 from moe_jax.graph import KnowledgeGraph
+from moe_jax.interop.faiss import FaissIndex
 from moe_jax.lm import MoELanguageModel
 from moe_jax.system import search_reports
 from moe_jax.training.loop import TrainResult, train
@@ -112,12 +114,15 @@ class Run:
         out = jax.jit(self.model.apply)(
             {"params": self.params}, jnp.asarray(tokens), self.graph, is_valid=jnp.asarray(is_valid)
         )
-        use_faiss = self.config.model.moe.use_faiss
-        hits = search_reports(self.graph, out.moe, k, use_faiss=use_faiss)
+        hits = search_reports(self.graph, out.moe, k, index=self._faiss_index)
         found = [int(i) for i, ok in zip(hits.ids[0], hits.is_valid[0], strict=True) if ok]
         return [
             self._insight(node, float(s)) for node, s in zip(found, hits.scores[0], strict=False)
         ]
+
+    @functools.cached_property
+    def _faiss_index(self) -> FaissIndex | None:
+        return FaissIndex(self.graph) if self.config.model.moe.use_faiss else None
 
     def _insight(self, node: int, similarity: float) -> Insight:
         document, offset = (int(v) for v in self.graph.source[node])
