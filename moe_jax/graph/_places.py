@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moe_jax._types import Array, Float, Int
 
-__all__ = ["bid", "once"]
+__all__ = ["bid", "once", "turns"]
 
 
 def bid(
@@ -21,14 +21,14 @@ def bid(
     turn = jnp.zeros_like(found)
     for i in range(choices.shape[1]):
         wanted = jnp.where(found == num_cells, choices[:, i], num_cells)
-        own = _turns(wanted, fit[:, i]) + used.at[wanted].get(mode="fill", fill_value=0)
+        own = turns(wanted, fit[:, i]) + used.at[wanted].get(mode="fill", fill_value=0)
         gets = own < room.at[wanted].get(mode="fill", fill_value=0)
         found, turn = jnp.where(gets, wanted, found), jnp.where(gets, own, turn)
         used = used.at[jnp.where(gets, wanted, num_cells)].add(1, mode="drop")
     return found, turn
 
 
-def _turns(cell: Int[Array, "R"], fit: Float[Array, "R"]) -> Int[Array, "R"]:
+def turns(cell: Int[Array, "R"], fit: Float[Array, "R"]) -> Int[Array, "R"]:
     """How many rows of the same cell fit it better, or as well and come earlier."""
     position = jnp.arange(cell.shape[0], dtype=jnp.int32)
     ordered, _, row = jax.lax.sort((cell, -fit, position), num_keys=2, is_stable=True)

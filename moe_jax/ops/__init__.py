@@ -1,7 +1,8 @@
-"""Pure array functions: exact similarity, nearest neighbours, top-k, k-means."""
+"""Pure array functions: exact similarity, nearest neighbours, top-k, k-means, sums."""
 
 from moe_jax.ops.independent import first_independent as first_independent
 from moe_jax.ops.nearest import nearest as nearest
+from moe_jax.ops.segment import group_sums as group_sums
 from moe_jax.ops.similarity import exact_cosine as exact_cosine
 from moe_jax.ops.similarity import exact_cosine_pairs as exact_cosine_pairs
 from moe_jax.ops.similarity import limbs as limbs
