@@ -1,6 +1,7 @@
 """Search a few cells of a graph instead of all of it."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,15 @@ from moe_jax.graph.cells import Cells, check_cells
 from moe_jax.graph.query import Hits
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops.similarity import exact_cosine_pairs, normalize
-from moe_jax.ops.top_k import top_k
 
 __all__ = ["search_cells"]
 
-# `jax.lax.top_k` is one quick kernel on GPUs up to here, and sorts beyond.
+# `jax.lax.top_k` is one kernel on GPUs for as many, and a sort for more.
 _QUICK = 16
+# Rows up to this length are not worth two stages.
+_SHORT = 1024
+# So many coordinates of candidates are read at once: where a compiler stores them, 1 GiB.
+_CODES_AT_ONCE = 2**30
 
 
 def search_cells(
@@ -106,6 +110,31 @@ def _search(
     first_pass: str,
 ) -> Hits:
     graph, queries = jax.lax.stop_gradient((graph, queries))
+    size = probes * cells.members.shape[1] + cells.overflow.shape[0]
+    at_once = max(1, _CODES_AT_ONCE // (size * graph.dim))
+    some = functools.partial(_search_some, graph, cells, threshold, k, probes, first_pass)
+    rows = queries.shape[0]
+    if rows <= at_once:
+        return some((queries, wanted))
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, ((0, -rows % at_once), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(-1, at_once, *x.shape[1:])
+
+    hits = jax.lax.map(some, jax.tree.map(split, (queries, wanted)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], hits)
+
+
+def _search_some(
+    graph: KnowledgeGraph,
+    cells: Cells,
+    threshold: ArrayLike,
+    k: int,
+    probes: int,
+    first_pass: str,
+    queries_and_wanted: tuple[Float[Array, "Q D"], dict[str, Array]],
+) -> Hits:
+    queries, wanted = queries_and_wanted
     node_id = _candidates(cells, queries, probes)
     is_valid = _is_accepted(graph, node_id, wanted)
     is_valid &= jnp.any(queries != 0.0, axis=1)[:, None]
@@ -187,11 +216,28 @@ def _in_order(
 
 
 def _top_k(x: Array, k: int) -> tuple[Array, Array]:
-    """Top-k of rows of thousands in small sorts at most."""
-    if k <= _QUICK:
-        # XLA sorts whole rows where it can move a later slice into the top-k.
-        values, at = jax.lax.optimization_barrier(jax.lax.top_k(x, k))
-        return values, at
-    # The chunk that makes the two stages about equally long.
-    chunk = max(1, round((x.shape[1] / k) ** 0.5))
-    return top_k(x, k, chunk_size=chunk)
+    """Top-k of rows of thousands, equal values in any order.
+
+    A row's top-k is one block's work on a GPU, some 3 ns an entry, or a sort where k is above 16.
+    So only the k chunks with the largest maxima are searched, as in `moe_jax.ops.top_k`.
+    """
+    rows, size = x.shape
+    chunk = 2 ** int(math.log2(max(1.0, (size / k) ** 0.5)))
+    if size <= _SHORT or chunk == 1:
+        return _short_top_k(x, k)
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    lowest = -jnp.inf if is_float else jnp.iinfo(x.dtype).min
+    x = jnp.pad(x, ((0, 0), (0, -size % chunk)), constant_values=lowest)
+    x = x.reshape(rows, -1, chunk)
+    best = _short_top_k(jnp.max(x, axis=2), k)[1]
+    found = jnp.take_along_axis(x, best[:, :, None], axis=1).reshape(rows, -1)
+    values, at = _short_top_k(found, k)
+    within = jnp.take_along_axis(best, at // chunk, axis=1)
+    # Padding is only ever chosen with the lowest value, which nobody reads.
+    return values, jnp.minimum(within * chunk + at % chunk, size - 1)
+
+
+def _short_top_k(x: Array, k: int) -> tuple[Array, Array]:
+    # XLA sorts whole rows where it can move a later slice into the top-k.
+    values, at = jax.lax.optimization_barrier(jax.lax.top_k(x, k))
+    return values, at

@@ -1,6 +1,7 @@
 """Cells: every live node in one place, searches equal to exact ones where all is probed."""
 
 import functools
+import importlib
 
 import graph_oracle
 import jax
@@ -22,6 +23,7 @@ from moe_jax.graph import (
 from moe_jax.graph.state import with_keys
 from moe_jax.ops import normalize
 
+probe_module = importlib.import_module("moe_jax.graph.probe")
 N, D, L, P, V, K = 60, 4, 5, 16, 8, 7
 KEY = jax.random.key(0)
 build = functools.partial(
@@ -231,6 +233,31 @@ def test_recall_of_few_probes_on_clusters():
     truth = np.argsort(-queries @ keys.T, axis=1)[:, :10]
     found = np.asarray(probe(graph, cells, queries, k=10, probes=16).ids)
     assert np.mean((truth[:, :, None] == found[:, None]).any(2)) > 0.95
+
+
+def test_many_queries_are_searched_in_parts(monkeypatch):
+    graph = random_graph(2)
+    cells, queries = build(graph), random_keys(np.random.default_rng(2), 8, D)
+    kind = np.arange(8) % 3
+    whole = search_cells(graph, cells, queries, k=K, probes=L, kind=kind)
+    monkeypatch.setattr(probe_module, "_CODES_AT_ONCE", 3 * (L * P + V) * D)
+    jax.clear_caches()
+    parts = search_cells(graph, cells, queries, k=K, probes=L, kind=kind)
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_two_stages_find_the_largest(dtype):
+    rng = np.random.default_rng(0)
+    for size, k in ((5000, 8), (1030, 40), (2049, 16)):
+        x = rng.integers(-300, 300, size=(3, size)).astype(dtype)
+        if dtype == np.float32:
+            x[:, 20:] = -np.inf if size == 1030 else x[:, 20:]  # fewer than k are candidates
+        values, at = jax.jit(probe_module._top_k, static_argnums=1)(jnp.asarray(x), k)
+        np.testing.assert_array_equal(values, -np.sort(-x, axis=1)[:, :k])
+        np.testing.assert_array_equal(values, np.take_along_axis(x, np.asarray(at), axis=1))
+        is_real = np.asarray(values) > -np.inf
+        assert all(len(set(a[m])) == m.sum() for a, m in zip(np.asarray(at), is_real, strict=True))
 
 
 def test_no_gradient_flows_through():
