@@ -41,7 +41,7 @@ def adjacency(graph):
 
 
 def variables_of(name, graph):
-    start = LAYERS[name].init(jax.random.key(1), graph.value, graph)
+    start = jax.jit(LAYERS[name].init)(jax.random.key(1), graph.value, graph)
     return jax.tree.map(lambda a: a + 0.1, start)  # so that biases are not zero
 
 
@@ -125,14 +125,14 @@ def test_renumbering_nodes_renumbers_the_output(name):
 def test_an_empty_graph_and_half_precision(layer):
     encoder = GraphEncoder(features=G, layer=layer, num_heads=2, dtype=jnp.bfloat16)
     empty = random_graph()._replace(is_live=jnp.zeros(N, bool))
-    out, variables = encoder.init_with_output(jax.random.key(0), empty)
+    out, variables = jax.jit(encoder.init_with_output)(jax.random.key(0), empty)
     np.testing.assert_array_equal(out, 0)
     variables = jax.tree.map(lambda a: a + 0.1, variables)
-    grads = jax.grad(lambda v: jnp.sum(encoder.apply(v, empty) ** 2))(variables)
+    grads = jax.jit(jax.grad(lambda v: jnp.sum(encoder.apply(v, empty) ** 2)))(variables)
     assert all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(grads))
     exact = GraphEncoder(features=G, layer=layer, num_heads=2)
     full = random_graph()
-    half, whole = encoder.apply(variables, full), exact.apply(variables, full)
+    half, whole = (jax.jit(e.apply)(variables, full) for e in (encoder, exact))
     assert half.dtype == jnp.float32
     np.testing.assert_allclose(half, whole, atol=0.05)
 
@@ -156,19 +156,27 @@ def reading():
     )
     x = jnp.asarray(rng.normal(size=(1, 4, F)), jnp.float32)
     reader, encoder = MemoryReader(num_heads=2, top_k=3, threshold=-1.0), GraphEncoder(features=G)
-    reader_variables = reader.init(jax.random.key(0), x, graph)
+    reader_variables = jax.jit(reader.init)(jax.random.key(0), x, graph)
     reader_variables = shaken(reader_variables)
-    return reader, reader_variables, encoder, encoder.init(jax.random.key(1), graph), graph, x
+    return (
+        reader,
+        reader_variables,
+        encoder,
+        jax.jit(encoder.init)(jax.random.key(1), graph),
+        graph,
+        x,
+    )
 
 
 def test_reading_through_the_encoder_starts_as_reading_without():
     reader, reader_variables, encoder, encoder_variables, graph, x = reading()
-    plain = reader.apply(reader_variables, x, graph)
-    values = encoder.apply(encoder_variables, graph)
-    np.testing.assert_allclose(reader.apply(reader_variables, x, graph, values), plain, atol=1e-6)
-    changed = encoder.apply(shaken(encoder_variables), graph)
-    beside = reader.apply(reader_variables, x, graph, changed)
-    within = reader.apply(reader_variables, x, graph._replace(value=changed))
+    read, encode = jax.jit(reader.apply), jax.jit(encoder.apply)
+    plain = read(reader_variables, x, graph)
+    beside = read(reader_variables, x, graph, encode(encoder_variables, graph))
+    np.testing.assert_allclose(beside, plain, atol=1e-6)
+    changed = encode(shaken(encoder_variables), graph)
+    beside = read(reader_variables, x, graph, changed)
+    within = read(reader_variables, x, graph._replace(value=changed))
     np.testing.assert_allclose(beside, within, atol=1e-6)
     assert float(jnp.max(jnp.abs(beside - plain))) > 1e-3
 
