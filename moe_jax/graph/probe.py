@@ -43,8 +43,8 @@ def search_cells(
     Approximate: a node in a cell that is not probed is not found. The cosines of what is found are
     those of `search`, to the bit, best first, ties to the lower id. The overflow list is always
     scanned. Each filter is one value for all queries or one per query; a filter that few nodes
-    pass needs more probes. One query reads about 4 L D + probes P D bytes, in a dozen kernels
-    without loops or branches. No gradient flows through.
+    pass needs more probes. A query reads about 4 L D bytes of centroids and P D bytes of codes for
+    each probe, without a loop or a branch in the program. No gradient flows through.
 
     Args:
       graph: the graph.
