@@ -96,7 +96,7 @@ def draw(options: Options, rows: int, key: jax.Array) -> jax.Array:
     share = jnp.cumsum((1.0 + jnp.arange(count)) ** -options.zipf)
     own = jnp.searchsorted(share / share[-1], jax.random.uniform(which, (rows,)))
     centre = normalize(jax.random.normal(world, (count, options.dim)))[own.clip(0, count - 1)]
-    rank = options.rank or options.dim
+    rank = min(options.rank or options.dim, options.dim)
     beside = jax.random.normal(noise, (rows, rank))
     if options.rank:
         beside = beside @ jax.random.orthogonal(shared, options.dim)[:rank]
