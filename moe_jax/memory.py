@@ -43,16 +43,30 @@ class MemoryReader(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S D"], graph: KnowledgeGraph) -> Float[Array, "B S D"]:
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        graph: KnowledgeGraph,
+        values: Float[Array, "N O"] | None = None,
+    ) -> Float[Array, "B S D"]:
         """Reads.
 
         Args:
             x: [B, S, D] tokens.
             graph: the memory, [N, O].
+            values: [N, O], what to read in place of the graph's values, such as a
+                `moe_jax.gnn.GraphEncoder` makes of them; gradients flow into it.
 
         Returns:
             [B, S, D], x plus the gated reading.
+
+        Raises:
+            ValueError: if values has another shape than the graph's.
         """
+        if values is None:
+            values = jax.lax.stop_gradient(graph.value)
+        elif values.shape != graph.value.shape:
+            raise ValueError(f"values must have shape {graph.value.shape}, got {values.shape}")
         width, model_width = graph.dim, x.shape[-1]
         tokens = LayerNorm(dtype=self.dtype, name="norm")(x).reshape(-1, model_width)
         # Starting at the identity makes the first searches look for what the token resembles.
@@ -63,7 +77,7 @@ class MemoryReader(nn.Module):
         hits = self._retrieve(graph, wanted)
 
         keys = jax.lax.stop_gradient(graph.key.at[hits.ids].get(mode="fill", fill_value=0))
-        values = jax.lax.stop_gradient(graph.value.at[hits.ids].get(mode="fill", fill_value=0))
+        values = values.at[hits.ids].get(mode="fill", fill_value=0)
         split = (self.num_heads, width // self.num_heads)
         query = nn.Dense(width, dtype=self.dtype, name="query")(wanted).reshape(-1, *split)
         key = nn.Dense(width, dtype=self.dtype, name="key")(keys)

@@ -13,7 +13,7 @@ ROOT = Path(moe_jax.__file__).parent
 LEVELS = [
     {"_types", "config"},
     {"ops", "routing", "graph"},
-    {"experts", "reports", "supervisor", "constellation", "librarian", "memory"},
+    {"experts", "reports", "supervisor", "constellation", "librarian", "memory", "gnn"},
     {"system", "lm"},
     {"checkpoint", "training", "data", "interop", "monitoring", "sharding", "console"},
     {"cli"},

@@ -1,11 +1,15 @@
-"""Pure array functions: exact similarity, nearest neighbours, top-k."""
+"""Pure array functions: exact similarity, nearest neighbours, top-k, k-means, sums."""
 
 from moe_jax.ops.code import Code as Code
 from moe_jax.ops.code import encode as encode
 from moe_jax.ops.independent import first_independent as first_independent
 from moe_jax.ops.nearest import nearest as nearest
+from moe_jax.ops.segment import group_sums as group_sums
 from moe_jax.ops.similarity import exact_cosine as exact_cosine
 from moe_jax.ops.similarity import exact_cosine_pairs as exact_cosine_pairs
 from moe_jax.ops.similarity import limbs as limbs
 from moe_jax.ops.similarity import normalize as normalize
+from moe_jax.ops.spherical_kmeans import Clusters as Clusters
+from moe_jax.ops.spherical_kmeans import nearest_centroids as nearest_centroids
+from moe_jax.ops.spherical_kmeans import spherical_kmeans as spherical_kmeans
 from moe_jax.ops.top_k import top_k as top_k

@@ -1,0 +1,233 @@
+"""Recall and speed of approximate search: `python experiments/cells.py --num-nodes 1000000`.
+
+Each row is one setting of probes against exact `moe_jax.graph.search` of the same queries in the
+same run. "us queued" is wall time per call, waiting once for a queue of calls; "us inside" is per
+search with the whole queue in one compiled loop, which leaves out what the host does per call.
+
+Data: nodes and queries are drawn alike. "clustered" draws a direction by Zipf's law for each node
+and adds noise of `rank` dimensions that all directions share, as embeddings have; "isotropic" is
+normal noise alone, which has no cells to find and is the worst case.
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from moe_jax.graph import (
+    KnowledgeGraph,
+    build_cells,
+    num_missing,
+    refine_cells,
+    search,
+    search_cells,
+    update_cells,
+)
+from moe_jax.graph.state import with_keys
+from moe_jax.ops import normalize
+
+ROWS_AT_ONCE = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        num_nodes: N, all live.
+        dim: D.
+        k: hits of a search.
+        probes: cells probed, one row of the table each.
+        batches: queries in a call, one part of the table each.
+        first_pass: "codes" or "keys", see `search_cells`.
+        num_cells: L; 0 for the default.
+        slots_per_cell: P; 0 for the default.
+        iterations: rounds of k-means.
+        init: seeds of k-means.
+        data: how nodes are drawn.
+        num_clusters: directions of clustered data; 0 for N / 50.
+        zipf: exponent of the clusters' sizes.
+        spread: length of the noise beside the unit direction.
+        rank: dimensions of the noise; 0 for all.
+        recall_queries: queries that recall is taken over.
+        queue: calls in a row for one timing.
+        repeats: timings, of which the median is given.
+        seed: of everything.
+        json: also write the figures to this file.
+    """
+
+    num_nodes: int = 20_000
+    dim: int = 64
+    k: int = 10
+    probes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    batches: tuple[int, ...] = (1, 128)
+    first_pass: Literal["codes", "keys"] = "codes"
+    num_cells: int = 0
+    slots_per_cell: int = 0
+    iterations: int = 10
+    init: Literal["random", "k-means++"] = "random"
+    data: Literal["clustered", "isotropic"] = "clustered"
+    num_clusters: int = 0
+    zipf: float = 1.0
+    spread: float = 0.7
+    rank: int = 32
+    recall_queries: int = 1024
+    queue: int = 32
+    repeats: int = 7
+    seed: int = 0
+    json: Path | None = None
+
+
+def draw(options: Options, rows: int, key: jax.Array) -> jax.Array:
+    """Unit vectors, float32 [rows, D]; the directions depend on the seed alone."""
+    which, noise = jax.random.split(key)
+    world, shared = jax.random.split(jax.random.key(options.seed))
+    if options.data == "isotropic":
+        return normalize(jax.random.normal(noise, (rows, options.dim)))
+    count = options.num_clusters or max(1, options.num_nodes // 50)
+    share = jnp.cumsum((1.0 + jnp.arange(count)) ** -options.zipf)
+    own = jnp.searchsorted(share / share[-1], jax.random.uniform(which, (rows,)))
+    centre = normalize(jax.random.normal(world, (count, options.dim)))[own.clip(0, count - 1)]
+    rank = min(options.rank or options.dim, options.dim)
+    beside = jax.random.normal(noise, (rows, rank))
+    if options.rank:
+        beside = beside @ jax.random.orthogonal(shared, options.dim)[:rank]
+    return normalize(centre + options.spread * beside / rank**0.5)
+
+
+def make_graph(options: Options) -> KnowledgeGraph:
+    """A full graph, its keys written in chunks on the device."""
+    chunk = min(ROWS_AT_ONCE, options.num_nodes)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def write(graph: KnowledgeGraph, start: jax.Array, key: jax.Array) -> KnowledgeGraph:
+        at = start + jnp.arange(chunk)
+        keys = draw(options, chunk, key)
+        return with_keys(graph, at, keys)._replace(
+            is_live=graph.is_live.at[at].set(True, mode="drop")
+        )
+
+    graph = KnowledgeGraph.create(options.num_nodes, options.dim, num_edge_slots=1)
+    for start in range(0, options.num_nodes, chunk):
+        key = jax.random.fold_in(jax.random.key(options.seed + 1), start)
+        graph = write(graph, jnp.int32(start), key)
+    return graph
+
+
+def seconds(function: Callable, calls: list, repeats: int) -> float:
+    """Median wall time of a call, over a queue of them that is waited for once."""
+    jax.block_until_ready([function(call) for call in calls])
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready([function(call) for call in calls])
+        times.append((time.perf_counter() - started) / len(calls))
+    return statistics.median(times)
+
+
+def timings(find: Callable, state: Any, options: Options, batch: int) -> dict[str, float]:
+    """Microseconds per call of `find(state, queries)`, queued and inside one program."""
+    rows = draw(options, 8 * batch, jax.random.key(options.seed + 2))
+    queries = rows.reshape(8, batch, options.dim)
+    one = jax.jit(find)
+    calls = [queries[i % 8] for i in range(options.queue)]
+    queued = seconds(lambda q: one(state, q), calls, options.repeats)
+
+    @jax.jit
+    def inside(state: Any, queries: jax.Array) -> Any:
+        return jax.lax.map(lambda q: find(state, q), queries)
+
+    many = jnp.stack(calls)
+    within = seconds(lambda q: inside(state, q), [many] * 2, options.repeats) / options.queue
+    return {"us_queued": 1e6 * queued, "us_inside": 1e6 * within}
+
+
+def recall(found: jax.Array, exact: jax.Array, nodes: int) -> float:
+    """The share of the exact hits that were found."""
+    is_found = (exact[:, :, None] == found[:, None, :]).any(axis=2) & (exact < nodes)
+    return float(is_found.sum() / (exact < nodes).sum())
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """All figures of one run."""
+    graph = jax.block_until_ready(make_graph(options))
+    build = functools.partial(
+        build_cells,
+        graph,
+        options.num_cells or None,
+        slots_per_cell=options.slots_per_cell or None,
+        iterations=options.iterations,
+        init=options.init,
+    )
+    started = time.perf_counter()
+    cells = jax.block_until_ready(build(key=jax.random.key(options.seed + 3)))
+    first_build = time.perf_counter() - started
+    started = time.perf_counter()
+    cells = jax.block_until_ready(build(key=jax.random.key(options.seed + 3)))
+    figures = {
+        "options": {name: str(value) for name, value in vars(options).items()},
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "build_s": time.perf_counter() - started,
+        "build_with_compiling_s": first_build,
+        "cells": cells.members.shape,
+        "largest_cell": int(cells.counts.max()),
+        "full_cells": int((cells.counts == cells.members.shape[1]).sum()),
+        "in_overflow": int((cells.overflow < options.num_nodes).sum()),
+        "missing": int(num_missing(graph, cells)),
+        **maintenance(graph, cells, options),
+    }
+    state = (graph, cells)
+    queries = draw(options, options.recall_queries, jax.random.key(options.seed + 4))
+    parts = [queries[i : i + 128] for i in range(0, len(queries), 128)]
+    exact = jax.jit(lambda state, q: search(state[0], q, options.k))
+    truth = jnp.concatenate([exact(state, part).ids for part in parts])
+    base = {batch: timings(exact, state, options, batch) for batch in options.batches}
+    figures["exact"] = [{"batch": batch} | base[batch] for batch in options.batches]
+    figures["rows"] = []
+    for probes in options.probes:
+        find = jax.jit(functools.partial(_probe, options.k, probes, options.first_pass))
+        found = jnp.concatenate([find(state, part).ids for part in parts])
+        for batch in options.batches:
+            row = {"probes": probes, "batch": batch}
+            row["recall"] = recall(found, truth, options.num_nodes)
+            row |= timings(find, state, options, batch)
+            for name in ("us_queued", "us_inside"):
+                row[name.replace("us", "gain")] = base[batch][name] / row[name]
+            figures["rows"].append(row)
+            print({name: round(value, 4) for name, value in row.items()}, flush=True)
+    return figures
+
+
+def _probe(k: int, probes: int, first_pass: str, state: Any, queries: jax.Array) -> Any:
+    return search_cells(*state, queries, k, probes=probes, first_pass=first_pass)
+
+
+def maintenance(graph: KnowledgeGraph, cells: Any, options: Options) -> dict[str, float]:
+    """Milliseconds of telling the cells of 256 nodes, and of a refinement."""
+    rows = min(256, options.num_nodes)
+    ids = [jnp.arange(rows) + i for i in range(8)]
+    update = seconds(lambda i: update_cells(graph, cells, i), ids, 3)
+    key = jax.random.key(options.seed + 5)
+    refine = seconds(lambda k: refine_cells(graph, cells, key=k), [key], 1)
+    return {"update_256_ms": 1e3 * update, "refine_ms": 1e3 * refine}
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__.split("\n")[0])
+    figures = measure(options)
+    print(json.dumps({name: value for name, value in figures.items() if name != "rows"}, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

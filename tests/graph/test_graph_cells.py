@@ -1,0 +1,289 @@
+"""Cells: every live node in one place, searches equal to exact ones where all is probed."""
+
+import functools
+import importlib
+
+import graph_oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from graph_cases import random_keys
+
+from moe_jax.graph import (
+    KnowledgeGraph,
+    build_cells,
+    insert,
+    num_missing,
+    refine_cells,
+    search,
+    search_cells,
+    update_cells,
+)
+from moe_jax.graph.state import with_keys
+from moe_jax.ops import normalize
+
+probe_module = importlib.import_module("moe_jax.graph.probe")
+N, D, L, P, V, K = 60, 4, 5, 16, 8, 7
+KEY = jax.random.key(0)
+build = functools.partial(
+    build_cells, num_cells=L, slots_per_cell=P, overflow_slots=V, iterations=3, key=KEY
+)
+exact = jax.jit(search, static_argnames="k")
+probe = jax.jit(search_cells, static_argnames=("k", "probes", "first_pass"))
+update = jax.jit(update_cells, donate_argnums=1)
+add = jax.jit(functools.partial(insert, merge_threshold=2.0))  # copies become nodes of their own
+
+
+@jax.jit
+def write_all(graph, keys):
+    return with_keys(graph, jnp.arange(len(keys)), keys)
+
+
+def random_graph(seed):
+    rows = 50
+    rng = np.random.default_rng(seed)
+    graph, _ = add(
+        KnowledgeGraph.create(N, D),
+        random_keys(rng, rows, D),
+        expert_id=rng.integers(3, size=rows),
+        kind=rng.integers(3, size=rows),
+        confidence=rng.choice([0.0, 0.5, 0.9], size=rows).astype(np.float32),
+    )
+    return graph._replace(is_live=graph.is_live & jnp.asarray(rng.random(N) < 0.9))
+
+
+def assert_sound(graph, cells, slots=P):
+    """Each live node in the one place it says, unless it has none; every other place empty."""
+    members, overflow = np.asarray(cells.members), np.asarray(cells.overflow)
+    places = np.concatenate([members.ravel(), overflow])
+    np.testing.assert_array_equal(cells.counts, (members < N).sum(axis=1))
+    assert members.shape[1] == slots
+    taken = places[places < N]
+    assert len(set(taken)) == len(taken)
+    for node, place in enumerate(np.asarray(cells.place)):
+        if place < len(places):
+            assert places[place] == node
+            assert bool(graph.is_live[node])
+        else:
+            assert place == len(places)
+            assert node not in taken
+    assert int(num_missing(graph, cells)) == int(graph.num_live) - len(taken)
+
+
+@pytest.mark.parametrize("first_pass", ["keys", "codes"])
+def test_probing_every_cell_equals_exact_search(first_pass):
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        graph = random_graph(seed)
+        if first_pass == "codes":  # equal keys are no more than the first pass can hold
+            graph = write_all(graph, np.asarray(normalize(rng.normal(size=(N, D)))))
+        cells = build(graph)
+        assert_sound(graph, cells)
+        assert int(num_missing(graph, cells)) == 0
+        queries = random_keys(rng, 8, D)
+        options = {"k": K, "threshold": np.float32(rng.choice([-1.0, 0.3]))}
+        hits = probe(graph, cells, queries, probes=L, first_pass=first_pass, **options)
+        jax.tree.map(np.testing.assert_array_equal, hits, exact(graph, queries, **options))
+
+
+def test_filters_are_those_of_search():
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        graph = random_graph(seed)
+        cells, queries = build(graph), random_keys(rng, 8, D)
+        filters = {
+            "expert_id": rng.integers(3, size=8),
+            "kind": int(rng.integers(3)),
+            "as_of": rng.integers(20, 60, size=8),
+            "min_confidence": np.float32(rng.choice([0.0, 0.5], size=8)),
+        }
+        filters = dict(list(filters.items())[: 4 if seed % 2 else 2])
+        hits = probe(graph, cells, queries, k=K, probes=L, first_pass="keys", **filters)
+        jax.tree.map(np.testing.assert_array_equal, hits, exact(graph, queries, k=K, **filters))
+
+
+def test_few_probes_find_what_is_in_those_cells():
+    graph = random_graph(1)
+    cells = build(graph)
+    queries = np.random.default_rng(1).normal(size=(8, D)).astype(np.float32)
+    hits = probe(graph, cells, queries, k=K, probes=2, first_pass="keys")
+    for q, query in enumerate(queries):
+        near = np.argsort(-(np.asarray(cells.centroids) @ query), kind="stable")[:2]
+        seen = set(np.asarray(cells.members)[near].ravel()) | set(np.asarray(cells.overflow))
+        unit = graph_oracle.normalize(query)
+        scored = sorted((-graph_oracle.cosine(unit, np.asarray(graph.key[n])), n)
+                        for n in seen - {N})  # fmt: skip
+        expected = [n for _, n in scored[:K]] + [N] * (K - len(scored[:K]))
+        np.testing.assert_array_equal(hits.ids[q], expected)
+
+
+def all_alike():
+    """A full graph of one key."""
+    keys = jnp.tile(jnp.eye(D)[:1], (N, 1))
+    graph = with_keys(KnowledgeGraph.create(N, D), jnp.arange(N), keys)
+    return graph._replace(is_live=jnp.ones(N, bool))
+
+
+def test_equal_scores_go_to_the_lowest_ids():
+    cells = build(all_alike())
+    # Positions in another order than ids.
+    cells = cells._replace(members=cells.members[::-1, ::-1], centroids=cells.centroids[::-1])
+    hits = probe(all_alike(), cells, jnp.ones((8, D)), k=K, probes=L, first_pass="keys")
+    np.testing.assert_array_equal(hits.ids, np.tile(np.arange(K), (8, 1)))
+
+
+def changed(rng, graph, free):
+    """The graph after nodes were deleted, moved and added, and the ids to tell of, some twice."""
+    gone = rng.integers(-2, N + 3, size=10)  # some out of range
+    live, key = np.array(graph.is_live), np.array(graph.key)
+    live[gone[(gone >= 0) & (gone < N)]] = False
+    moved = np.flatnonzero(live)[:2]  # slots taken over by other keys
+    key[moved] = np.eye(D)[: len(moved)]
+    graph = write_all(graph, key)._replace(is_live=jnp.asarray(live))
+    graph, info = add(graph, random_keys(rng, 50, D), is_valid=np.arange(50) < free)
+    told = rng.permutation(np.concatenate([info.node_id, gone, moved, gone]))
+    return graph, np.resize(told, 80).astype(np.int32)
+
+
+def test_updates_keep_up_with_a_changing_graph():
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        graph = random_graph(seed)
+        cells = build(graph)
+        if seed == 0:  # from nothing, by cells of another graph
+            graph = KnowledgeGraph.create(N, D)
+        cells = update(graph, cells, np.resize(np.arange(N), 80).astype(np.int32))
+        for _ in range(5):
+            graph, told = changed(rng, graph, 10)
+            cells = update(graph, cells, told)
+            assert_sound(graph, cells)
+            assert int(num_missing(graph, cells)) == 0
+        queries = random_keys(rng, 8, D)
+        hits = probe(graph, cells, queries, k=K, probes=L, first_pass="keys")
+        jax.tree.map(np.testing.assert_array_equal, hits, exact(graph, queries, k=K))
+
+
+def test_an_update_puts_nodes_where_a_build_does():
+    graph = random_graph(3)
+    everyone = np.resize(np.arange(N), 80).astype(np.int32)
+    emptied = update(graph._replace(is_live=jnp.zeros(N, bool)), build(graph), everyone)
+    assert int(emptied.counts.sum()) == 0
+    assert np.all(np.asarray(emptied.overflow) == N)
+    again = update(graph, emptied, everyone)
+    jax.tree.map(np.testing.assert_array_equal, again, build(graph))
+
+
+def test_what_has_no_place_is_counted_and_gets_one_later():
+    graph, everyone = all_alike(), np.resize(np.arange(N), 80).astype(np.int32)
+    cells = build(KnowledgeGraph.create(N, D))
+    cells = cells._replace(centroids=cells.centroids.at[2].set(jnp.eye(D)[0]))
+    cells = update(graph, cells, everyone)
+    assert_sound(graph, cells)
+    assert cells.counts.tolist() == [0, 0, P, 0, 0]
+    assert int(num_missing(graph, cells)) == N - P - V
+    graph = graph._replace(is_live=jnp.arange(N) >= 50)
+    cells = update(graph, cells, everyone)
+    assert_sound(graph, cells)
+    assert int(num_missing(graph, cells)) == 0
+
+
+def test_refining_improves_stale_cells():
+    rng = np.random.default_rng(0)
+    keys = np.repeat(rng.normal(size=(6, D)), 10, axis=0) + 0.05 * rng.normal(size=(N, D))
+    keys = np.asarray(normalize(jnp.asarray(keys, jnp.float32)))
+    graph = write_all(all_alike(), keys)
+    stale = build(write_all(graph, np.roll(keys, 1, axis=1)))
+    stale = update(graph, stale, np.resize(np.arange(N), 80).astype(np.int32))
+    refined = refine_cells(graph, stale, key=KEY, iterations=5)
+    assert_sound(graph, refined)
+
+    def fit(cells):
+        place = np.asarray(cells.place)
+        own = np.asarray(cells.centroids)[np.minimum(place // P, L - 1)]
+        return np.mean(np.sum(own * keys, axis=1)[place < L * P])
+
+    assert fit(refined) > fit(stale) + 0.01
+
+
+def test_an_empty_graph_and_queries_without_direction():
+    graph = KnowledgeGraph.create(N, D)
+    cells = build(graph)
+    hits = probe(graph, cells, jnp.eye(D), k=3, probes=2)
+    np.testing.assert_array_equal(hits.ids, N)
+    assert int(num_missing(graph, cells)) == 0
+    graph = random_graph(0)
+    for k in (3, N):  # N is more than the cells probed hold
+        bad = jnp.array([[0.0] * D, [jnp.nan] * D, [1.0] * D])
+        hits = probe(graph, build(graph), bad, k=k, probes=1)
+        np.testing.assert_array_equal(hits.is_valid.any(axis=1), [False, False, True])
+        assert hits.ids.shape == (3, k)
+        assert bool(jnp.all(jnp.where(hits.is_valid, 0.0, hits.scores) == 0))
+
+
+def test_recall_of_few_probes_on_clusters():
+    rng = np.random.default_rng(0)
+    centre = rng.normal(size=(40, 16))
+    points = centre[rng.integers(40, size=1064)] + 0.4 * rng.normal(size=(1064, 16))
+    points = np.asarray(normalize(jnp.asarray(points, jnp.float32)))
+    keys, queries = points[:1000], points[1000:]
+    graph = write_all(KnowledgeGraph.create(1000, 16), keys)
+    graph = graph._replace(is_live=jnp.ones(1000, bool))
+    cells = build_cells(graph, 64, key=KEY, iterations=5)
+    truth = np.argsort(-queries @ keys.T, axis=1)[:, :10]
+    found = np.asarray(probe(graph, cells, queries, k=10, probes=16).ids)
+    assert np.mean((truth[:, :, None] == found[:, None]).any(2)) > 0.95
+
+
+def test_many_queries_are_searched_in_parts(monkeypatch):
+    graph = random_graph(2)
+    cells, queries = build(graph), random_keys(np.random.default_rng(2), 8, D)
+    kind = np.arange(8) % 3
+    whole = search_cells(graph, cells, queries, k=K, probes=L, kind=kind)
+    monkeypatch.setattr(probe_module, "_CODES_AT_ONCE", 3 * (L * P + V) * D)
+    jax.clear_caches()
+    parts = search_cells(graph, cells, queries, k=K, probes=L, kind=kind)
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_two_stages_find_the_largest(dtype):
+    rng = np.random.default_rng(0)
+    for size, k in ((5000, 8), (1030, 40), (2049, 16)):
+        x = rng.integers(-300, 300, size=(3, size)).astype(dtype)
+        if dtype == np.float32:
+            x[:, 20:] = -np.inf if size == 1030 else x[:, 20:]  # fewer than k are candidates
+        values, at = jax.jit(probe_module._top_k, static_argnums=1)(jnp.asarray(x), k)
+        np.testing.assert_array_equal(values, -np.sort(-x, axis=1)[:, :k])
+        np.testing.assert_array_equal(values, np.take_along_axis(x, np.asarray(at), axis=1))
+        is_real = np.asarray(values) > -np.inf
+        assert all(len(set(a[m])) == m.sum() for a, m in zip(np.asarray(at), is_real, strict=True))
+
+
+def test_no_gradient_flows_through():
+    graph = random_graph(0)
+    cells = build(graph)
+    grad = jax.grad(lambda q: search_cells(graph, cells, q, k=3).scores.sum())(jnp.ones((2, D)))
+    np.testing.assert_array_equal(grad, 0)
+
+
+def test_wrong_calls():
+    graph = random_graph(0)
+    cells = build(graph)
+    other = KnowledgeGraph.create(N + 1, D)
+    for call, message in (
+        (lambda: build_cells(graph, 0, key=KEY), "num_cells must be at least 1, got 0"),
+        (lambda: build(graph, slots_per_cell=0), "slots_per_cell must be at least 1, got 0"),
+        (lambda: build(graph, init="best"), "init must be 'random'.*'best'"),
+        (lambda: search_cells(other, cells, jnp.eye(D)), "cells must be of a graph of 61 nodes"),
+        (lambda: update_cells(other, cells, jnp.arange(2)), "cells must be of a graph of 61"),
+        (lambda: refine_cells(other, cells, key=KEY), "cells must be of a graph of 61 nodes"),
+        (lambda: update_cells(graph, cells, jnp.ones(2)), "node_id must be a list of integers"),
+        (lambda: search_cells(graph, cells, jnp.eye(3)), r"queries must have shape \[rows, 4\]"),
+        (lambda: search_cells(graph, cells, jnp.eye(D), k=N + 1), "k must be between 1 and 60"),
+        (lambda: search_cells(graph, cells, jnp.eye(D), probes=0), "probes must be at least 1"),
+        (lambda: search_cells(graph, cells, jnp.eye(D), first_pass="x"), "first_pass must be one"),
+        (lambda: search_cells(graph, cells, jnp.eye(D), kind=jnp.ones(3, int)), "kind must have"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
