@@ -73,7 +73,7 @@ def evict_one_by_one(
         found, score = jnp.int32(nowhere), jnp.float32(-jnp.inf)
         merges = jnp.zeros((), bool)
         if like is not None:
-            found, score = _best(graph, items, like, memory, i)
+            found, score = _best(graph, items, like, memory, i, threshold)
             merges = score >= threshold
         slot = jnp.where(merges, found, _slot_for_new(memory, policy))
         slot = jnp.where(items.is_valid[i], slot, nowhere)
@@ -87,7 +87,12 @@ def evict_one_by_one(
 
 
 def _best(
-    graph: KnowledgeGraph, items: Items, like: Likeness, memory: _Memory, i: Int[Array, ""]
+    graph: KnowledgeGraph,
+    items: Items,
+    like: Likeness,
+    memory: _Memory,
+    i: Int[Array, ""],
+    threshold: Float[Array, ""],
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """The slot of the node most similar to item i, and its cosine; -inf where there is none."""
     nowhere = graph.num_nodes
@@ -101,7 +106,8 @@ def _best(
     if ids.shape[0] < nowhere:
 
         def look_again() -> tuple[Array, Array]:
-            found, score = nearest(items.key[i][None], graph.key, is_old[None], 1)
+            key = items.key[i][None]
+            found, score = nearest(key, graph.key, is_old[None], 1, floor=threshold)
             return found[0, 0], score[0, 0]
 
         is_used_up = items.is_valid[i] & ~has_old & (ids[-1] < nowhere)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
 
-__all__ = ["POLICIES", "policy_keys", "saturating_add"]
+__all__ = ["POLICIES", "first_to_go", "lowest", "policy_keys", "saturating_add"]
 
 POLICIES = ("reject", "oldest", "least_used", "lowest_confidence")
 _INT32_MAX = 2**31 - 1
@@ -56,3 +56,41 @@ def first_to_go(
     is_best = is_live & (first == jnp.min(jnp.where(is_live, first, _INT32_MAX)))
     is_best &= second == jnp.min(jnp.where(is_best, second, _INT32_MAX))
     return jnp.argmax(is_best).astype(jnp.int32)
+
+
+def lowest(
+    first: Int[Array, "N"], second: Int[Array, "N"], is_live: Bool[Array, "N"], k: int
+) -> Int[Array, "k"]:
+    """The k live slots with the smallest (first, second, slot), in that order, N where fewer.
+
+    The k-th smallest pair is found bit by bit, by counting, so that only k entries are sorted.
+    """
+    size = first.shape[0]
+    wanted = jnp.minimum(k, jnp.sum(is_live, dtype=jnp.int32))
+    is_chosen = jnp.zeros_like(is_live)
+    is_open = is_live
+    for x in (first, second):
+        last = _nth_smallest(x, is_open, wanted)
+        is_below = is_open & (x < last)
+        is_chosen |= is_below
+        is_open &= x == last
+        wanted = wanted - jnp.sum(is_below, dtype=jnp.int32)
+    is_chosen |= is_open & (jnp.cumsum(is_open, dtype=jnp.int32) <= wanted)
+    slot = jnp.nonzero(is_chosen, size=k, fill_value=size)[0].astype(jnp.int32)
+    keys = (x.at[slot].get(mode="fill", fill_value=_INT32_MAX) for x in (first, second))
+    return jax.lax.sort((*keys, slot), num_keys=2, is_stable=True)[2]
+
+
+def _nth_smallest(
+    x: Int[Array, "N"], is_candidate: Bool[Array, "N"], n: Int[Array, ""]
+) -> Int[Array, ""]:
+    """The n-th smallest candidate, n from 1; the least int32 where n is 0."""
+    sign = jnp.uint32(1 << 31)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) ^ sign
+
+    def add_bit(i: Array, found: Array) -> Array:
+        more = found | (sign >> i.astype(jnp.uint32))
+        return jnp.where(jnp.sum(is_candidate & (bits < more), dtype=jnp.int32) < n, more, found)
+
+    found = jax.lax.fori_loop(0, 32, add_bit, jnp.uint32(0))
+    return jax.lax.bitcast_convert_type(found ^ sign, jnp.int32)

@@ -12,6 +12,7 @@ from moe_jax.graph._arguments import check_choice, per_row, vectors
 from moe_jax.graph._leaders import Items, assign, compare, is_current, store
 from moe_jax.graph._one_by_one import evict_one_by_one
 from moe_jax.graph._order import POLICIES, saturating_add
+from moe_jax.graph._rounds import evict_in_rounds
 from moe_jax.graph.state import KnowledgeGraph, with_keys
 from moe_jax.ops.similarity import normalize
 
@@ -205,10 +206,11 @@ def _insert_batch(
         like = compare(graph, items, threshold, min(_FETCH, nowhere) if may_evict else 1)
     outcome = assign(graph, items, like, threshold)
     if may_evict:
+        evict = evict_one_by_one if num_items == 1 else evict_in_rounds
         is_short = jnp.any(items.is_valid & (outcome.node_id == nowhere))
         outcome = jax.lax.cond(
             is_short,
-            lambda: evict_one_by_one(graph, items, like, threshold, policy),
+            lambda: evict(graph, items, like, threshold, policy),
             lambda: outcome,
         )
     node_id, created, similarity = outcome
