@@ -1,5 +1,9 @@
 """The knowledge graph: a fixed-size memory that lives on the device."""
 
+from moe_jax.graph.evict import compact as compact
+from moe_jax.graph.evict import delete as delete
+from moe_jax.graph.evict import expire as expire
+from moe_jax.graph.evict import record_reads as record_reads
 from moe_jax.graph.link import link as link
 from moe_jax.graph.link import link_similar as link_similar
 from moe_jax.graph.query import Hits as Hits

@@ -9,7 +9,7 @@ from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.graph._leaders import Items, Likeness, Outcome
 from moe_jax.graph._order import first_to_go, policy_keys
 from moe_jax.graph.state import KnowledgeGraph
-from moe_jax.ops.nearest import nearest
+from moe_jax.ops.similarity import exact_cosine
 
 __all__ = ["evict_one_by_one"]
 
@@ -39,7 +39,7 @@ def evict_one_by_one(
     items: Items,
     like: Likeness | None,
     threshold: Float[Array, ""] | None,
-    policy: str,
+    policy: Int[Array, ""],
 ) -> Outcome:
     """Choose a node for every item, evicting by the policy where there is no free slot.
 
@@ -51,7 +51,7 @@ def evict_one_by_one(
       items: the items, in order.
       like: from `compare`; None if no item may merge.
       threshold: cosine at which two vectors are near; None if no item may merge.
-      policy: an eviction policy.
+      policy: its place in `POLICIES`.
 
     Returns:
       The outcome of each item.
@@ -73,7 +73,7 @@ def evict_one_by_one(
         found, score = jnp.int32(nowhere), jnp.float32(-jnp.inf)
         merges = jnp.zeros((), bool)
         if like is not None:
-            found, score = _best(graph, items, like, memory, i, threshold)
+            found, score = _best(graph, items, like, memory, i)
             merges = score >= threshold
         slot = jnp.where(merges, found, _slot_for_new(memory, policy))
         slot = jnp.where(items.is_valid[i], slot, nowhere)
@@ -92,7 +92,6 @@ def _best(
     like: Likeness,
     memory: _Memory,
     i: Int[Array, ""],
-    threshold: Float[Array, ""],
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """The slot of the node most similar to item i, and its cosine; -inf where there is none."""
     nowhere = graph.num_nodes
@@ -106,9 +105,10 @@ def _best(
     if ids.shape[0] < nowhere:
 
         def look_again() -> tuple[Array, Array]:
-            key = items.key[i][None]
-            found, score = nearest(key, graph.key, is_old[None], 1, floor=threshold)
-            return found[0, 0], score[0, 0]
+            score = exact_cosine(items.key[i][None], graph.key)[0]
+            score = jnp.where(is_old, score, -jnp.inf)
+            best = jnp.argmax(score).astype(jnp.int32)
+            return jnp.where(jnp.any(is_old), best, nowhere), score[best]
 
         is_used_up = items.is_valid[i] & ~has_old & (ids[-1] < nowhere)
         old_id, old_score = jax.lax.cond(is_used_up, look_again, lambda: (old_id, old_score))
@@ -122,7 +122,7 @@ def _best(
     return jnp.where(is_new, new_id, old_id), jnp.maximum(new_score, old_score)
 
 
-def _slot_for_new(memory: _Memory, policy: str) -> Int[Array, ""]:
+def _slot_for_new(memory: _Memory, policy: Int[Array, ""]) -> Int[Array, ""]:
     """The lowest free slot, or that of the next victim."""
     first, second = policy_keys(
         policy,

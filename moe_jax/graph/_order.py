@@ -7,12 +7,12 @@ from moe_jax._types import Array, Bool, Float, Int
 
 __all__ = ["POLICIES", "first_to_go", "lowest", "policy_keys", "saturating_add"]
 
-POLICIES = ("reject", "oldest", "least_used", "lowest_confidence")
+POLICIES = ("oldest", "least_used", "lowest_confidence")
 _INT32_MAX = 2**31 - 1
 
 
 def policy_keys(
-    policy: str,
+    policy: Int[Array, ""],
     *,
     confidence: Float[Array, "I"],
     hits: Int[Array, "I"],
@@ -23,7 +23,7 @@ def policy_keys(
     """Two integers per node; the node with the smallest pair, then the lowest slot, goes first.
 
     Args:
-      policy: "oldest", "least_used" or "lowest_confidence".
+      policy: its place in `POLICIES`; a number, so that one compiled program serves them all.
       confidence: float32 [I], a field of nodes, as the others.
       hits: int32 [I].
       reads: int32 [I].
@@ -33,15 +33,13 @@ def policy_keys(
     Returns:
       (first [I], second [I]), both int32.
     """
-    if policy == "oldest":
-        return created, jnp.zeros_like(created)
-    if policy == "least_used":
-        return saturating_add(hits, reads), updated
     # Floats order as their bits do, negative ones backwards; both zeros and every NaN as one.
     bits = jax.lax.bitcast_convert_type(confidence, jnp.int32)
     bits = jnp.where(bits < 0, bits ^ _INT32_MAX, bits)
     bits = jnp.where(confidence == 0.0, 0, bits)
-    return jnp.where(jnp.isnan(confidence), _INT32_MAX, bits), updated
+    bits = jnp.where(jnp.isnan(confidence), _INT32_MAX, bits)
+    first = jax.lax.select_n(policy, created, saturating_add(hits, reads), bits)
+    return first, jnp.where(policy == 0, 0, updated)
 
 
 def saturating_add(x: Int[Array, "*X"], more: Int[Array, "*I"]) -> Int[Array, "*I"]:

@@ -115,7 +115,7 @@ def insert(
       ([0, 1, 0], [False, False, True])
     """
     check_choice("merge_rule", merge_rule, ("leader", "ema"))
-    check_choice("policy", policy, POLICIES)
+    check_choice("policy", policy, ("reject", *POLICIES))
     if isinstance(merge_threshold, (int, float)) and not merge_threshold > -1.0:
         raise ValueError(f"merge_threshold must be above -1, got {merge_threshold}")
     if isinstance(ema_decay, (int, float)) and not 0.0 <= ema_decay <= 1.0:
@@ -146,11 +146,11 @@ def insert(
         ema_decay,
         is_timed=time is not None,
         merge_rule=merge_rule,
-        policy=policy,
+        policy=None if policy == "reject" else jnp.int32(POLICIES.index(policy)),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("is_timed", "merge_rule", "policy"))
+@functools.partial(jax.jit, static_argnames=("is_timed", "merge_rule"))
 def _insert(
     graph: KnowledgeGraph,
     items: Items,
@@ -159,7 +159,7 @@ def _insert(
     *,
     is_timed: bool,
     merge_rule: str,
-    policy: str,
+    policy: Int[Array, ""] | None,
 ) -> tuple[KnowledgeGraph, InsertInfo]:
     graph, items = jax.lax.stop_gradient((graph, items))
     was_valid = items.is_valid
@@ -196,11 +196,14 @@ def _insert(
 
 
 def _insert_batch(
-    graph: KnowledgeGraph, items: Items, threshold: Float[Array, ""] | None, policy: str
+    graph: KnowledgeGraph,
+    items: Items,
+    threshold: Float[Array, ""] | None,
+    policy: Int[Array, ""] | None,
 ) -> tuple[KnowledgeGraph, InsertInfo]:
     """All items at once, keys fixed; the caller keeps the graph's counters."""
     num_items, nowhere = items.key.shape[0], graph.num_nodes
-    may_evict = policy != "reject" and num_items > 0
+    may_evict = policy is not None and num_items > 0
     like = None
     if threshold is not None and num_items > 0:
         like = compare(graph, items, threshold, min(_FETCH, nowhere) if may_evict else 1)
@@ -227,7 +230,7 @@ def _insert_moving(
     items: Items,
     threshold: Float[Array, ""],
     decay: Float[Array, ""],
-    policy: str,
+    policy: Int[Array, ""] | None,
 ) -> tuple[KnowledgeGraph, InsertInfo]:
     """One item after the other, each merge moving the node's key towards the item."""
 

@@ -6,36 +6,41 @@ More trials: `EVICT_TRIALS=2000 pytest tests/graph/test_graph_evict.py -k "oracl
 import os
 
 import graph_oracle
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from graph_cases import (
     assert_equals_oracle,
+    assert_identical,
     assert_outcomes,
+    padded,
     random_items,
     random_threshold,
-    run_insert,
     slices,
 )
 
-from moe_jax.graph import KnowledgeGraph
+from moe_jax.graph import KnowledgeGraph, insert, record_reads
+from moe_jax.graph._leaders import Items, compare
+from moe_jax.graph._rounds import solve
+from moe_jax.graph._victims import pose
+from moe_jax.ops.similarity import normalize
 
 POLICIES = ["oldest", "least_used", "lowest_confidence"]
 TRIALS = int(os.environ.get("EVICT_TRIALS", 300))
-# R, N, D and the optional columns. A call may overwrite the whole graph, or its own items.
+# R, N, D, the optional columns and the share of the trials. A call may overwrite the whole graph
+# and its own items, and a graph may have one slot.
 CASES = [
-    (1, 6, 2, ()),
-    (16, 6, 3, ("value",)),
-    (16, 20, 8, ()),
-    (16, 20, 2, ("time",)),
-    (5, 1, 2, ()),
+    (8, 6, 3, ("value", "time"), 0.6),
+    (8, 20, 2, (), 0.3),
+    (4, 1, 2, ("time",), 0.1),
 ]
 
 
 def awkward(rng, items):
     """Columns that make ties: equal times and weights, times that only grow, zeros."""
     rows = len(items["key"])
-    for name, low, high in (("weight", 0, 3), ("confidence", -1, 2)):
+    for name, low, high in (("weight", -1, 3), ("confidence", -1, 2)):
         if rng.random() < 0.3:
             new = rng.integers(low, high, size=rows) * rng.integers(2)
             items[name] = new.astype(items[name].dtype)
@@ -46,40 +51,177 @@ def awkward(rng, items):
     return items
 
 
-def with_reads(rng, graph, oracle):
-    """Some nodes are read between two calls."""
-    reads = rng.integers(0, 3, size=graph.num_nodes) * np.asarray(graph.is_live)
-    for slot, node in oracle.nodes.items():
-        node["reads"] += int(reads[slot])
-    return graph._replace(reads=graph.reads + reads.astype(np.int32))
-
-
-def with_edges(rng, graph, oracle):
-    """A few edges between any two nodes, as arrays, since no rule of linking is at stake."""
+def changed_between_calls(rng, graph, oracle):
+    """Some nodes are read, and edges appear, as arrays, since no rule of linking is at stake."""
     live = sorted(oracle.nodes)
+    for slot in live:
+        oracle.nodes[slot]["reads"] += int(rng.integers(3))
     for _ in range(2 * len(live)):
-        source, target, slot = rng.choice(live), rng.choice(live), rng.integers(8)
+        source, target = rng.choice(live, size=2)
         new = {"target": target, "weight": np.float32(rng.random()), "kind": 1, "time": 7}
-        oracle.edges[source][slot] = dict(new, start=3, end=9)
-    arrays = {k: jnp.asarray(v, getattr(graph, k).dtype) for k, v in oracle.arrays().items()}
-    return graph._replace(**{k: v for k, v in arrays.items() if k.startswith("edge_")})
+        oracle.edges[source][rng.integers(8)] = dict(new, start=3, end=9)
+    arrays = oracle.arrays()
+    names = [name for name in arrays if name == "reads" or name.startswith("edge_")]
+    dtypes = {name: getattr(graph, name).dtype for name in names}
+    return graph._replace(**{n: jnp.asarray(arrays[n], dtypes[n]) for n in names})
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_equals_oracle(policy, case):
+def run(graph, items, threshold, **options):
+    """Not jitted as a whole, so that one compiled program serves all policies."""
+    items = dict(items)
+    keys, values = items.pop("key"), items.pop("value", None)
+    threshold = None if threshold is None else np.float32(threshold)
+    return insert(graph, keys, values=values, **items, merge_threshold=threshold, **options)
+
+
+def random_stream(seed, case, num_calls=3):
     rows, num_nodes, dim, optional = case
-    for seed in range(TRIALS // len(CASES)):
-        rng = np.random.default_rng([seed, rows, num_nodes, dim])
-        graph = KnowledgeGraph.create(num_nodes, dim)
-        oracle = graph_oracle.Graph(num_nodes, dim)
-        items = awkward(rng, random_items(rng, rows * 3, dim, optional))
+    rng = np.random.default_rng([seed, rows, num_nodes, dim])
+    items = awkward(rng, random_items(rng, rows * num_calls, dim, optional))
+    graph, oracle = KnowledgeGraph.create(num_nodes, dim), graph_oracle.Graph(num_nodes, dim)
+    return rng, graph, oracle, items
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_oracle(policy, case):
+    rows, share = case[0], case[-1]
+    num_evicted = 0
+    for seed in range(int(TRIALS * share)):
+        rng, graph, oracle, items = random_stream(seed, case[:-1])
         threshold = random_threshold(rng, items["key"])
-        threshold = None if rng.random() < 0.15 else threshold
         for part in slices(items, [0, rows, 2 * rows, 3 * rows]):
-            graph, info = run_insert(graph, part, threshold, policy=policy)
+            graph, info = run(graph, part, threshold, policy=policy)
             assert_outcomes(info, oracle.insert(part, threshold, policy=policy))
             assert_equals_oracle(graph, oracle)
-            graph = with_reads(rng, graph, oracle)
-            if oracle.nodes:
-                graph = with_edges(rng, graph, oracle)
+            graph = changed_between_calls(rng, graph, oracle)
+        num_evicted += oracle.num_evicted
+    assert num_evicted > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_append_equals_oracle(policy):
+    for seed in range(TRIALS // 10):
+        rng, graph, oracle, items = random_stream(seed, CASES[0][:-1])
+        for part in slices(items, [0, 8, 16, 24]):
+            graph, info = run(graph, part, None, policy=policy)
+            assert_outcomes(info, oracle.insert(part, None, policy=policy))
+            assert not bool(info.merged.any())
+            assert_equals_oracle(graph, oracle)
+            graph = changed_between_calls(rng, graph, oracle)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_ema_equals_oracle(policy):
+    for seed in range(15):
+        rng, graph, oracle, items = random_stream(seed, CASES[0][:-1], num_calls=1)
+        items["key"] += rng.normal(size=items["key"].shape).astype(np.float32)  # no ties
+        threshold = float(rng.choice([0.3, 0.8, 0.95]))
+        graph, info = run(graph, items, threshold, policy=policy, merge_rule="ema")
+        outcomes = oracle.insert(items, threshold, "ema", policy=policy)
+        assert_outcomes(info, outcomes, approximate=True)
+        assert_equals_oracle(graph, oracle, approximate=("key", "value"))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_split_of_the_stream_does_not_matter(policy):
+    for seed in range(20):
+        rng, graph, _, items = random_stream(seed, CASES[0][:-1], num_calls=4)
+        threshold = random_threshold(rng, items["key"])
+        whole = graph
+        for part in slices(items, [0, 8, 16, 24, 32]):
+            whole, _ = run(whole, part, threshold, policy=policy)
+        cuts = np.sort(np.concatenate([[0, 8, 16, 24, 32], rng.integers(33, size=6)]))
+        for part in slices(items, cuts):
+            graph, _ = run(graph, padded(part, 8), threshold, policy=policy)
+        assert_identical(graph, whole)
+
+
+@jax.jit
+def ask_rounds(graph, items, threshold, policy):
+    like = compare(graph, items, threshold, 4)
+    return solve(pose(graph, items, like, threshold, policy), policy)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rounds_suffice_where_no_merge_lowers_a_node(policy):
+    """The sequential way would hide a mistake of the rounds, so they are asked directly."""
+    for seed in range(40):
+        rng, graph, oracle, items = random_stream(seed, CASES[0][:-1])
+        items["time"] = np.sort(items["time"])
+        items["confidence"] = np.nan_to_num(items["confidence"])
+        items["value"] = np.nan_to_num(items["value"], posinf=0.0)
+        items["weight"] = np.abs(items["weight"])
+        threshold = max(random_threshold(rng, items["key"]), 0.5)
+        for part in slices(items, [0, 8, 16, 24]):
+            unit = normalize(part["key"])
+            is_valid = part["is_valid"] & np.any(unit != 0, axis=1)
+            ready = {**part, "key": unit, "is_valid": is_valid}
+            ready = Items(**{name: jnp.asarray(x) for name, x in ready.items()})
+            limit = np.float32(min(threshold, 1 - 1e-5) if threshold <= 1 else threshold)
+            asked = ask_rounds(graph, ready, limit, POLICIES.index(policy))
+            (guess, _), num_rounds, is_right = asked
+            outcomes = oracle.insert(part, threshold, policy=policy)
+            graph, _ = run(graph, part, threshold, policy=policy)
+            if oracle.num_evicted:
+                assert bool(is_right)
+                assert int(num_rounds) <= 9
+                np.testing.assert_array_equal(guess.slot, [o[0] for o in outcomes])
+
+
+def test_policies_by_hand():
+    keys = np.eye(4, dtype=np.float32)
+    graph, _ = insert(
+        KnowledgeGraph.create(3, 4),
+        keys[:3],
+        confidence=np.array([0.9, 0.2, 0.5], np.float32),
+        weight=np.array([3, 2, 2]),
+        time=np.array([1, 5, 2]),
+    )
+    graph = record_reads(graph, np.array([2, 2]))
+    for policy, victim in (("oldest", 0), ("least_used", 1), ("lowest_confidence", 1)):
+        after, info = insert(graph, keys[3:], policy=policy)
+        assert (int(info.node_id[0]), int(after.num_evicted)) == (victim, 1)
+        assert int(after.reads[victim]) == 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_malformed_items_evict_nothing(policy):
+    keys = np.array([[np.nan, 1, 0], [0, 0, 0], [np.inf, 0, 0], [0, 0, 1]] * 2, np.float32)
+    confidence = np.array([0, 0, 0, np.nan] * 2, np.float32)
+    graph, _ = insert(KnowledgeGraph.create(2, 3), np.eye(3, dtype=np.float32)[:2])
+    for threshold in (0.95, None):
+        options = {"merge_threshold": threshold, "policy": policy}
+        after, info = insert(graph, keys, confidence=confidence, **options)
+        assert bool(info.rejected.all())
+        assert (int(after.num_rejected), int(after.num_evicted)) == (8, 0)
+        assert_identical(after._replace(num_rejected=graph.num_rejected), graph)
+
+
+def test_a_ring_buffer_keeps_the_last_items():
+    keys = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    graph, info = insert(KnowledgeGraph.create(20, 3), keys, merge_threshold=None, policy="oldest")
+    np.testing.assert_array_equal(info.node_id, np.arange(50) % 20)
+    np.testing.assert_array_equal(info.is_current, np.arange(50) >= 30)
+    np.testing.assert_array_equal(np.sort(graph.created), np.arange(31, 51))
+    assert (int(graph.num_evicted), int(graph.num_live)) == (30, 20)
+
+
+def test_under_vmap_and_donated():
+    """Three graphs at once, each with its own number of evictions."""
+    streams = [random_stream(seed, CASES[0][:-1], num_calls=2) for seed in range(3)]
+    halves = [list(slices(items, [0, 8, 16])) for *_, items in streams]
+    graphs = [
+        run(s[1], h[0], 0.9, policy="least_used")[0] for s, h in zip(streams, halves, strict=True)
+    ]
+    parts = [h[1] for h in halves]
+    alone = [run(g, p, 0.9, policy="least_used") for g, p in zip(graphs, parts, strict=True)]
+
+    def stacked(trees):
+        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+    def step(graph, items):
+        return run(graph, items, 0.9, policy="least_used")
+
+    many = jax.jit(jax.vmap(step), donate_argnums=0)(stacked(graphs), stacked(parts))
+    jax.tree.map(np.testing.assert_array_equal, many, stacked(alone))
