@@ -169,48 +169,60 @@ def test_rounds_suffice_where_no_merge_lowers_a_node(policy):
                 np.testing.assert_array_equal(guess.slot, [o[0] for o in outcomes])
 
 
+def small(keys, **columns):
+    """Items of the first case's shapes, so that its program serves: 8 of them, 3 wide, timed."""
+    items = {"key": np.asarray(keys, np.float32)} | columns
+    items.setdefault("time", np.arange(1, len(keys) + 1))
+    items.setdefault("is_valid", np.ones(len(keys), bool))
+    return padded({name: np.asarray(x) for name, x in items.items()}, 8)
+
+
 def test_policies_by_hand():
-    keys = np.eye(4, dtype=np.float32)
-    graph, _ = insert(
-        KnowledgeGraph.create(3, 4),
-        keys[:3],
-        confidence=np.array([0.9, 0.2, 0.5], np.float32),
-        weight=np.array([3, 2, 2]),
-        time=np.array([1, 5, 2]),
-    )
+    angle = np.linspace(0, np.pi, 7)
+    keys = np.stack([np.cos(angle), np.sin(angle), 0 * angle], 1)
+    confidence = np.array([0.9, 0.5, 0.2, 0.9, 0.9, 0.9], np.float32)
+    columns = {"confidence": confidence, "weight": np.array([3, 2, 2, 3, 3, 3])}
+    items = small(keys[:6], time=np.array([1, 5, 2, 6, 6, 6]), **columns)
+    graph, _ = run(KnowledgeGraph.create(6, 3), items, 0.95, policy="oldest")
     graph = record_reads(graph, np.array([2, 2]))
-    for policy, victim in (("oldest", 0), ("least_used", 1), ("lowest_confidence", 1)):
-        after, info = insert(graph, keys[3:], policy=policy)
+    new = small(keys[6:], time=np.array([9]))
+    for policy, victim in (("oldest", 0), ("least_used", 1), ("lowest_confidence", 2)):
+        after, info = run(graph, new, 0.95, policy=policy)
         assert (int(info.node_id[0]), int(after.num_evicted)) == (victim, 1)
-        assert int(after.reads[victim]) == 0
+    assert int(graph.reads[2]) == 2
+    after, info = run(graph, small(keys[6:].repeat(3, 0)), None, policy="oldest")
+    np.testing.assert_array_equal(info.node_id[:3], [0, 0, 0])  # times 1, 2 and 3
+    np.testing.assert_array_equal(info.is_current[:3], [False, False, True])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_malformed_items_evict_nothing(policy):
-    keys = np.array([[np.nan, 1, 0], [0, 0, 0], [np.inf, 0, 0], [0, 0, 1]] * 2, np.float32)
-    confidence = np.array([0, 0, 0, np.nan] * 2, np.float32)
-    graph, _ = insert(KnowledgeGraph.create(2, 3), np.eye(3, dtype=np.float32)[:2])
-    for threshold in (0.95, None):
-        options = {"merge_threshold": threshold, "policy": policy}
-        after, info = insert(graph, keys, confidence=confidence, **options)
-        assert bool(info.rejected.all())
-        assert (int(after.num_rejected), int(after.num_evicted)) == (8, 0)
-        assert_identical(after._replace(num_rejected=graph.num_rejected), graph)
+@pytest.mark.parametrize("threshold", [0.95, None])
+def test_malformed_items_evict_nothing(policy, threshold):
+    full, _ = run(KnowledgeGraph.create(6, 3), small(np.eye(3)[[0, 1, 2] * 2]), None)
+    keys = [[np.nan, 1, 0], [0, 0, 0], [np.inf, 0, 0], [0, 0, 1]] * 2
+    items = small(keys, confidence=np.array([0, 0, 0, np.nan] * 2, np.float32))
+    after, info = run(full, items, threshold, policy=policy)
+    assert bool(info.rejected.all())
+    assert (int(after.num_rejected), int(after.num_evicted)) == (8, 0)
+    assert_identical(after._replace(num_rejected=full.num_rejected), full)
 
 
 def test_a_ring_buffer_keeps_the_last_items():
-    keys = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    graph, info = insert(KnowledgeGraph.create(20, 3), keys, merge_threshold=None, policy="oldest")
-    np.testing.assert_array_equal(info.node_id, np.arange(50) % 20)
-    np.testing.assert_array_equal(info.is_current, np.arange(50) >= 30)
-    np.testing.assert_array_equal(np.sort(graph.created), np.arange(31, 51))
-    assert (int(graph.num_evicted), int(graph.num_live)) == (30, 20)
+    keys = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+    graph = KnowledgeGraph.create(6, 3)
+    for start in (0, 8, 16, 24):
+        items = small(keys[start : start + 8], time=np.arange(start + 1, start + 9))
+        graph, info = run(graph, items, None, policy="oldest")
+        np.testing.assert_array_equal(info.node_id, np.arange(start, start + 8) % 6)
+        np.testing.assert_array_equal(info.is_current, np.arange(8) >= 2)
+    np.testing.assert_array_equal(np.sort(graph.created), np.arange(27, 33))
+    assert (int(graph.num_evicted), int(graph.num_live)) == (26, 6)
 
 
 def test_under_vmap_and_donated():
     """Three graphs at once, each with its own number of evictions."""
-    streams = [random_stream(seed, CASES[0][:-1], num_calls=2) for seed in range(3)]
-    halves = [list(slices(items, [0, 8, 16])) for *_, items in streams]
+    streams = [random_stream(seed, CASES[2][:-1], num_calls=2) for seed in range(3)]
+    halves = [list(slices(items, [0, 4, 8])) for *_, items in streams]
     graphs = [
         run(s[1], h[0], 0.9, policy="least_used")[0] for s, h in zip(streams, halves, strict=True)
     ]
