@@ -64,7 +64,30 @@ class Graph:
         scored = [(-cosine(unit, self.nodes[n]["key"]), n) for n in self.nodes if n not in skip]
         return (min(scored)[1], -min(scored)[0]) if scored else (None, None)
 
-    def insert_one(self, key, threshold, rule, decay, value, confidence, weight, time, **labels):
+    def remove(self, slot):
+        """Free a slot and forget every edge out of it and into it."""
+        del self.nodes[slot]
+        self.edges[slot] = [None] * self.num_edge_slots
+        for row in self.edges.values():
+            for i, edge in enumerate(row):
+                if edge is not None and edge["target"] == slot:
+                    row[i] = None
+
+    def victim(self, policy):
+        def rank(slot):
+            node = self.nodes[slot]
+            uses = min(int(node["hits"]) + int(node["reads"]), FOREVER)
+            return {
+                "oldest": (node["created"], slot),
+                "least_used": (uses, node["updated"], slot),
+                "lowest_confidence": (node["confidence"], node["updated"], slot),
+            }[policy]
+
+        return min(self.nodes, key=rank)
+
+    def insert_one(
+        self, key, threshold, rule, decay, policy, value, confidence, weight, time, **labels
+    ):
         """(node id, what happened, similarity) of one valid item."""
         unit = normalize(key)
         value = unit if value is None else value
@@ -73,8 +96,9 @@ class Graph:
             return self.num_nodes, "rejected", F32(0)
         time = self.clock + 1 if time is None else time
         self.clock = max(self.clock, time)
-        slot, score = self.best(unit)
-        threshold = min(F32(threshold), F32(1 - 1e-5)) if threshold <= 1 else F32(threshold)
+        slot, score = (None, None) if threshold is None else self.best(unit)
+        if threshold is not None:
+            threshold = min(F32(threshold), F32(1 - 1e-5)) if threshold <= 1 else F32(threshold)
         if slot is not None and score >= threshold:
             node, outcome = self.nodes[slot], "merged"
             node["hits"] += weight
@@ -86,17 +110,20 @@ class Graph:
                 decay = F32(decay)
                 moved = normalize(decay * node["key"] + (F32(1) - decay) * unit)
                 node["key"] = node["key"] if moved is None else moved
-        elif len(self.nodes) < self.num_nodes:
+        elif len(self.nodes) < self.num_nodes or policy != "reject":
+            if len(self.nodes) == self.num_nodes:
+                self.remove(self.victim(policy))
+                self.num_evicted += 1
             slot, outcome = min(set(range(self.num_nodes)) - set(self.nodes)), "created"
             new = {"key": unit, "value": value, "confidence": confidence, "hits": weight}
             self.nodes[slot] = dict(new, created=time, updated=time, reads=0, **labels)
         else:
             self.num_rejected += 1
-            return self.num_nodes, "rejected", score
+            return self.num_nodes, "rejected", F32(0) if score is None else score
         self.num_updates += 1
         return slot, outcome, F32(0) if score is None else score
 
-    def insert(self, items, threshold=0.95, rule="leader", decay=0.3):
+    def insert(self, items, threshold=0.95, rule="leader", decay=0.3, policy="reject"):
         """Outcomes of a dict of columns; "time" and "value" may be absent."""
         outcomes = []
         for i in range(len(items["key"])):
@@ -104,7 +131,8 @@ class Graph:
                 outcomes.append((self.num_nodes, "invalid", F32(0)))
                 continue
             item = {name: items[name][i] if name in items else None for name in COLUMNS}
-            outcomes.append(self.insert_one(threshold=threshold, rule=rule, decay=decay, **item))
+            item.update(threshold=threshold, rule=rule, decay=decay, policy=policy)
+            outcomes.append(self.insert_one(**item))
         return outcomes
 
     def link_one(self, source, target, weight, kind, time, on_duplicate):

@@ -5,12 +5,22 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.graph.state import KnowledgeGraph, with_keys
+from moe_jax.graph.state import FOREVER, KnowledgeGraph, with_keys
 from moe_jax.ops.independent import first_independent
 from moe_jax.ops.nearest import nearest
 from moe_jax.ops.similarity import exact_cosine
 
-__all__ = ["Items", "assign", "store"]
+__all__ = [
+    "Items",
+    "Likeness",
+    "Outcome",
+    "assign",
+    "clear_edges",
+    "compare",
+    "empty_edges",
+    "is_current",
+    "store",
+]
 
 
 class Items(NamedTuple):
@@ -28,46 +38,89 @@ class Items(NamedTuple):
     is_valid: Bool[Array, "R"]
 
 
-def assign(
-    graph: KnowledgeGraph, items: Items, threshold: Float[Array, ""]
-) -> tuple[Int[Array, "R"], Bool[Array, "R"], Float[Array, "R"]]:
-    """Choose a node for every item as if items came one at a time.
+class Likeness(NamedTuple):
+    """How items compare with the nodes before the call and with each other.
+
+    Attributes:
+      old_id: int32 [R, k], the most similar old nodes, best first, N where there are fewer.
+      old_score: float32 [R, k], -inf where there are fewer.
+      score: float32 [R, R], cosines between items.
+      leads: bool [R], the items that would become nodes if there was room for all.
+    """
+
+    old_id: Int[Array, "R k"]
+    old_score: Float[Array, "R k"]
+    score: Float[Array, "R R"]
+    leads: Bool[Array, "R"]
+
+
+class Outcome(NamedTuple):
+    """Where items went.
+
+    Attributes:
+      node_id: int32 [R], the slot at the item's turn, N where the item is not stored.
+      created: bool [R].
+      similarity: float32 [R], the best cosine at the item's turn or 0.
+    """
+
+    node_id: Int[Array, "R"]
+    created: Bool[Array, "R"]
+    similarity: Float[Array, "R"]
+
+
+def compare(
+    graph: KnowledgeGraph, items: Items, threshold: Float[Array, ""], k: int = 1
+) -> Likeness:
+    """Score items against the k nearest old nodes and each other, and find the leaders.
 
     An item can only become a node (a leader) if no old node is near it; among those, leaders are
     the lexicographically first maximal independent set of the "near" graph, which is what taking
-    items one at a time gives while there is room. Once a leader finds no slot the graph is full,
-    so later leaders find none either: leaders take the free slots in order, and whoever is left
-    merges into an old node or an earlier leader that did get a slot, if one is near.
+    items one at a time gives while there is room.
+    """
+    num_items = items.key.shape[0]
+    old_id, old_score = nearest(
+        items.key, graph.key, graph.is_live, k, threshold, code=graph.codes, is_query=items.is_valid
+    )
+    old_id = jnp.where(items.is_valid[:, None], old_id, graph.num_nodes)
+    old_score = jnp.where(items.is_valid[:, None], old_score, -jnp.inf)
+    score = exact_cosine(items.key, items.key)
+    is_earlier = jnp.tri(num_items, k=-1, dtype=bool)
+    may_lead = items.is_valid & (old_score[:, 0] < threshold)
+    leads = first_independent(is_earlier & (score >= threshold), may_lead)
+    return Likeness(old_id, old_score, score, leads)
+
+
+def assign(
+    graph: KnowledgeGraph, items: Items, like: Likeness | None, threshold: Float[Array, ""] | None
+) -> Outcome:
+    """Choose a node for every item as if items came one at a time and nothing was evicted.
+
+    Once a leader finds no slot the graph is full, so later leaders find none either: leaders take
+    the free slots in order, and whoever is left merges into an old node or an earlier leader that
+    did get a slot, if one is near.
 
     Args:
       graph: the graph before.
       items: the items, in order.
-      threshold: cosine at which two vectors are near.
+      like: from `compare`; None if no item may merge.
+      threshold: cosine at which two vectors are near; None if no item may merge.
 
     Returns:
-      (node_id [R] int32, N where the item is not stored; created [R] bool; similarity [R]
-      float32, the best cosine at the item's turn or 0).
+      The outcome of each item.
     """
     num_items, nowhere = items.key.shape[0], graph.num_nodes
-    if num_items == 0:
-        return jnp.zeros(0, jnp.int32), jnp.zeros(0, bool), jnp.zeros(0, jnp.float32)
-    old_id, old_score = nearest(
-        items.key, graph.key, graph.is_live, 1, threshold, code=graph.codes, is_query=items.is_valid
-    )
-    old_id, old_score = old_id[:, 0], old_score[:, 0]
-
-    score = exact_cosine(items.key, items.key)
-    is_earlier = jnp.tri(num_items, k=-1, dtype=bool)
-    may_lead = items.is_valid & (old_score < threshold)
-    is_leader = first_independent(is_earlier & (score >= threshold), may_lead)
-
+    leads = items.is_valid if like is None else like.leads
     free = jnp.nonzero(~graph.is_live, size=num_items, fill_value=nowhere)[0].astype(jnp.int32)
-    turn = jnp.cumsum(is_leader, dtype=jnp.int32) - 1
-    slot = jnp.where(is_leader, free[jnp.maximum(turn, 0)], nowhere)
+    turn = jnp.cumsum(leads, dtype=jnp.int32) - 1
+    slot = jnp.where(leads, free[jnp.maximum(turn, 0)], nowhere)
     created = slot < nowhere
+    if like is None:
+        return Outcome(slot, created, jnp.zeros(num_items))
 
     # Slots ascend with turns, so the first of equal scores is the lowest slot.
-    score = jnp.where(is_earlier & created[None, :], score, -jnp.inf)
+    old_id, old_score = like.old_id[:, 0], like.old_score[:, 0]
+    is_earlier = jnp.tri(num_items, k=-1, dtype=bool)
+    score = jnp.where(is_earlier & created[None, :], like.score, -jnp.inf)
     leader = jnp.argmax(score, axis=1)
     new_id, new_score = slot[leader], jnp.max(score, axis=1)
     is_new = (new_score > old_score) | ((new_score == old_score) & (new_id < old_id))
@@ -77,38 +130,52 @@ def assign(
     merged = items.is_valid & ~created & (best_score >= threshold)
     node_id = jnp.where(created, slot, jnp.where(merged, best_id, nowhere))
     is_scored = items.is_valid & (best_score > -jnp.inf)
-    return node_id, created, jnp.where(is_scored, best_score, 0.0)
+    return Outcome(node_id, created, jnp.where(is_scored, best_score, 0.0))
+
+
+def is_current(
+    node_id: Int[Array, "R"], created: Bool[Array, "R"], num_nodes: int
+) -> Bool[Array, "R"]:
+    """Whether each item is stored in a node that no later item of the call took the slot of."""
+    turn = jnp.arange(node_id.shape[0], dtype=jnp.int32)
+    at_new = jnp.where(created, node_id, num_nodes)
+    taken = jnp.full(num_nodes, -1, jnp.int32).at[at_new].max(turn, mode="drop")
+    return (node_id < num_nodes) & (taken[jnp.minimum(node_id, num_nodes - 1)] <= turn)
 
 
 def store(
-    graph: KnowledgeGraph, items: Items, node_id: Int[Array, "R"], created: Bool[Array, "R"]
+    graph: KnowledgeGraph,
+    items: Items,
+    node_id: Int[Array, "R"],
+    created: Bool[Array, "R"],
+    *,
+    may_merge: bool,
+    may_evict: bool,
 ) -> KnowledgeGraph:
     """Write items to their nodes; nothing is added in floating point, so no order matters.
 
     Args:
       graph: the graph before.
       items: the items, in order.
-      node_id: [R] int32, from `assign`.
-      created: [R] bool, from `assign`.
+      node_id: [R] int32, where items go, N for those whose node does not stay.
+      created: [R] bool, from `assign` or an eviction.
+      may_merge: whether two items may have the same node.
+      may_evict: whether nodes may be created where nodes were.
 
     Returns:
       The graph with nodes created and merged; clock and counters as they were.
     """
     nowhere = graph.num_nodes
-    stored = node_id < nowhere
-    order = jnp.arange(node_id.shape[0])
-    is_same = stored[:, None] & (node_id[:, None] == node_id[None, :])
-    is_earlier = order[None, :] < order[:, None]
-    rival, own = items.confidence[None, :], items.confidence[:, None]
-    is_outspoken = is_same & ((rival > own) | ((rival == own) & is_earlier))
-    node = jnp.minimum(node_id, nowhere - 1)
-    standing = jnp.where(graph.is_live[node], graph.confidence[node], -jnp.inf)
-    speaks = stored & ~jnp.any(is_outspoken, axis=1) & (items.confidence > standing)
-    is_last = stored & ~jnp.any(is_same & is_earlier.T, axis=1)
-
     at_new = jnp.where(created, node_id, nowhere)
-    at_speaker = jnp.where(speaks, node_id, nowhere)
-    at_last = jnp.where(is_last, node_id, nowhere)
+    if may_evict:
+        is_new = jnp.zeros_like(graph.is_live).at[at_new].set(True, mode="drop")
+        graph = clear_edges(graph, graph.is_live & is_new)
+        graph = graph._replace(is_live=graph.is_live & ~is_new)
+    at_speaker = at_last = at_new
+    if may_merge:
+        speaks, is_last = _speakers(graph, items, node_id)
+        at_speaker = jnp.where(speaks, node_id, nowhere)
+        at_last = jnp.where(is_last, node_id, nowhere)
     hits = graph.hits.at[at_new].set(0, mode="drop")
 
     def speak(field: Array, value: Array) -> Array:
@@ -127,4 +194,43 @@ def store(
         kind=speak(graph.kind, items.kind),
         source=speak(graph.source, items.source),
         symbol=speak(graph.symbol, items.symbol),
+    )
+
+
+def _speakers(
+    graph: KnowledgeGraph, items: Items, node_id: Int[Array, "R"]
+) -> tuple[Bool[Array, "R"], Bool[Array, "R"]]:
+    """The items that their nodes take value and labels from, and the last item of each node."""
+    nowhere = graph.num_nodes
+    stored = node_id < nowhere
+    order = jnp.arange(node_id.shape[0])
+    is_same = stored[:, None] & (node_id[:, None] == node_id[None, :])
+    is_earlier = order[None, :] < order[:, None]
+    rival, own = items.confidence[None, :], items.confidence[:, None]
+    is_outspoken = is_same & ((rival > own) | ((rival == own) & is_earlier))
+    node = jnp.minimum(node_id, nowhere - 1)
+    standing = jnp.where(graph.is_live[node], graph.confidence[node], -jnp.inf)
+    speaks = stored & ~jnp.any(is_outspoken, axis=1) & (items.confidence > standing)
+    return speaks, stored & ~jnp.any(is_same & is_earlier.T, axis=1)
+
+
+def clear_edges(graph: KnowledgeGraph, is_gone: Bool[Array, "N"]) -> KnowledgeGraph:
+    """Empty every edge slot of the given nodes, and every other one that leads to them."""
+    leads_nowhere = jnp.concatenate([is_gone, jnp.zeros(1, bool)])[graph.edge_target]
+    return empty_edges(graph, is_gone[:, None] | leads_nowhere)
+
+
+def empty_edges(graph: KnowledgeGraph, is_gone: Bool[Array, "N M"]) -> KnowledgeGraph:
+    """Empty the given edge slots."""
+
+    def emptied(field: Array, empty: int) -> Array:
+        return jnp.where(is_gone, jnp.asarray(empty, field.dtype), field)
+
+    return graph._replace(
+        edge_target=emptied(graph.edge_target, graph.num_nodes),
+        edge_weight=emptied(graph.edge_weight, 0),
+        edge_kind=emptied(graph.edge_kind, 0),
+        edge_time=emptied(graph.edge_time, 0),
+        edge_start=emptied(graph.edge_start, 0),
+        edge_end=emptied(graph.edge_end, FOREVER),
     )

@@ -276,7 +276,7 @@ def _write(
     def skip(graph: KnowledgeGraph) -> tuple[KnowledgeGraph, InsertInfo]:
         rows = flat.is_kept.shape[0]
         no, nowhere = jnp.zeros(rows, bool), jnp.full(rows, graph.num_nodes, jnp.int32)
-        return graph, InsertInfo(nowhere, no, no, no, jnp.zeros(rows))
+        return graph, InsertInfo(nowhere, no, no, no, jnp.zeros(rows), no)
 
     c = config.training
     is_due = (step % c.memory_write_every == 0) & (step >= round(c.memory_write_from * c.steps))

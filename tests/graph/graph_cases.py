@@ -79,7 +79,8 @@ def run_insert(graph, items, threshold, **options):
     if "value" in items:
         items["values"] = items.pop("value")
     keys = items.pop("key")
-    return fast_insert(graph, keys, **items, merge_threshold=np.float32(threshold), **options)
+    threshold = None if threshold is None else np.float32(threshold)
+    return fast_insert(graph, keys, **items, merge_threshold=threshold, **options)
 
 
 def slices(items, bounds):
@@ -116,6 +117,12 @@ def assert_outcomes(info, outcomes, approximate=False):
     if approximate:
         compare = functools.partial(np.testing.assert_allclose, atol=1e-5)
     compare(info.similarity, np.array([o[2] for o in outcomes], np.float32))
+    slots = [(o[0], o[1] == "created") for o in outcomes]
+    is_current = [
+        o[1] in ("merged", "created") and (o[0], True) not in slots[i + 1 :]
+        for i, o in enumerate(outcomes)
+    ]
+    np.testing.assert_array_equal(info.is_current, is_current)
 
 
 def assert_identical(graph, other):

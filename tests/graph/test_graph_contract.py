@@ -55,7 +55,7 @@ WRONG = [
     (lambda g: insert(g, ROW, merge_threshold=np.nan), "merge_threshold must be above -1, got nan"),
     (lambda g: insert(g, ROW, ema_decay=1.5), "ema_decay must be between 0 and 1, got 1.5"),
     (lambda g: insert(g, ROW, merge_rule="mean"), "merge_rule must be one of.*got 'mean'"),
-    (lambda g: insert(g, ROW, policy="oldest"), "policy must be one of 'reject', got 'oldest'"),
+    (lambda g: insert(g, ROW, policy="newest"), "policy must be one of.*got 'newest'"),
     (lambda g: link(g, IDS, IDS[:1]), r"target must have shape \(2,\).*got \(1,\)"),
     (lambda g: link(g, IDS * 1.0, IDS), "source must be a list of integers.*float32"),
     (lambda g: link(g, IDS, IDS, on_duplicate="skip"), "on_duplicate must be one of.*got 'skip'"),
