@@ -171,7 +171,8 @@ class MoESystem(nn.Module):
     ) -> tuple[KnowledgeGraph, InsertInfo]:
         """Inserts the librarian's proposals and links what was written to its like.
 
-        All proposals of one call carry the same time, one tick after the graph's clock.
+        All proposals of one call carry the same time, one tick after the graph's clock. Nodes
+        that have outlived `kg_ttl` are deleted before links are made.
 
         Args:
             graph: the graph before.
@@ -193,13 +194,16 @@ class MoESystem(nn.Module):
             time=graph.clock + 1,
             merge_threshold=c.kg_merge_threshold,
             merge_rule=c.kg_merge_rule,
+            policy=c.kg_policy,
         )
+        if c.kg_ttl:
+            graph, _ = kg.expire(graph, c.kg_ttl)
         graph, _ = kg.link_similar(
             graph,
             info.node_id,
             k=c.kg_link_top_k,
             threshold=c.kg_link_threshold,
-            is_valid=info.created | info.merged,
+            is_valid=info.is_current,
         )
         return graph, info
 

@@ -142,7 +142,7 @@ POSITIVE = {
 }
 NOT_NEGATIVE = {
     MoEConfig: """load_balance_weight balance_bias_rate router_z_weight
-        librarian_contrastive_weight""",
+        librarian_contrastive_weight kg_ttl""",
     TrainConfig: "confidence_weight weight_decay eval_every save_every seed eval_context",
 }
 RANGES = {

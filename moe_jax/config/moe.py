@@ -57,6 +57,10 @@ class MoEConfig(Config):
         kg_edge_slots: M, edge slots per node.
         kg_merge_threshold: cosine at or above which an insight merges into a node.
         kg_merge_rule: "leader", keys never move; or "ema", the original's moving mean.
+        kg_policy: when the graph is full, "reject" what needs a slot, or evict the "oldest",
+            "least_used" or "lowest_confidence" node.
+        kg_ttl: nodes not updated for more ticks than this are deleted after each write; 0 for
+            never. A write is one tick.
         kg_link_top_k: how many similar nodes a written node is linked to.
         kg_link_threshold: least cosine of such a link.
         kg_checkpoint_dir: folder of the graph's rolling checkpoints; None for none.
@@ -106,6 +110,8 @@ class MoEConfig(Config):
     kg_edge_slots: int = 8
     kg_merge_threshold: float = 0.95
     kg_merge_rule: Literal["leader", "ema"] = "leader"
+    kg_policy: Literal["reject", "oldest", "least_used", "lowest_confidence"] = "least_used"
+    kg_ttl: int = 0
     kg_link_top_k: int = 5
     kg_link_threshold: float = 0.3
     kg_checkpoint_dir: str | None = None
@@ -144,7 +150,7 @@ class MoEConfig(Config):
         not_negative(
             self,
             *("load_balance_weight", "balance_bias_rate", "router_z_weight"),
-            "librarian_contrastive_weight",
+            *("librarian_contrastive_weight", "kg_ttl"),
         )
         between(self, 0.0, 1.0, "dropout", upper_open=True)
         between(

@@ -15,6 +15,7 @@ def original() -> MoEConfig:
         dedup_rule="any_earlier",
         librarian_residual=False,
         kg_merge_rule="ema",
+        kg_policy="reject",
     )
 
 

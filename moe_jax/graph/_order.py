@@ -42,7 +42,7 @@ def policy_keys(
     return first, jnp.where(policy == 0, 0, updated)
 
 
-def saturating_add(x: Int[Array, "*X"], more: Int[Array, "*I"]) -> Int[Array, "*I"]:
+def saturating_add(x: Int[Array, "*X"], more: Int[Array, "*I"]) -> Int[Array, "..."]:
     """The sum of an int32 and a non-negative int32, stopping at the largest one."""
     return x + jnp.minimum(more, _INT32_MAX - jnp.maximum(x, 0))
 

@@ -146,7 +146,7 @@ def insert(
         ema_decay,
         is_timed=time is not None,
         merge_rule=merge_rule,
-        policy=None if policy == "reject" else jnp.int32(POLICIES.index(policy)),
+        policy=None if policy == "reject" else POLICIES.index(policy),
     )
 
 
@@ -159,7 +159,7 @@ def _insert(
     *,
     is_timed: bool,
     merge_rule: str,
-    policy: Int[Array, ""] | None,
+    policy: ArrayLike | None,
 ) -> tuple[KnowledgeGraph, InsertInfo]:
     graph, items = jax.lax.stop_gradient((graph, items))
     was_valid = items.is_valid
@@ -176,6 +176,7 @@ def _insert(
         threshold = jnp.asarray(threshold, jnp.float32)
         # A unit vector's cosine with itself may round to just below 1.
         threshold = jnp.where(threshold <= 1.0, jnp.minimum(threshold, 1.0 - 1e-5), threshold)
+    policy = None if policy is None else jnp.asarray(policy, jnp.int32)
     num_free = _count(~graph.is_live)
     if merge_rule == "leader" or threshold is None or items.key.shape[0] == 0:
         graph, info = _insert_batch(graph, items, threshold, policy)

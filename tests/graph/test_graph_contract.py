@@ -12,7 +12,7 @@ from graph_cases import assert_identical
 import moe_jax.graph
 from moe_jax.graph import KnowledgeGraph, insert, link, link_similar, neighbours, search
 
-MODULES = ["state", "update", "link", "query"]
+MODULES = ["state", "update", "evict", "link", "query"]
 
 
 @pytest.fixture(scope="module")
