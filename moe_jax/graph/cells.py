@@ -235,8 +235,7 @@ def _learn(
     sample_per_cell: int,
     init: str,
 ) -> Float[Array, "L D"]:
-    """Centroids of the live nodes, from seeds or from where they were."""
-    # Jitted as a whole, so that the assignment of every node, which nobody needs, is left out.
+    """Centroids of the live nodes; jitted, so that assigning every node is left out."""
     return spherical_kmeans(
         graph.key,
         num_cells,
