@@ -239,5 +239,6 @@ def _top_k(x: Array, k: int) -> tuple[Array, Array]:
 
 def _short_top_k(x: Array, k: int) -> tuple[Array, Array]:
     # XLA sorts whole rows where it can move a later slice into the top-k.
-    values, at = jax.lax.optimization_barrier(jax.lax.top_k(x, k))
+    # One barrier each: XLA fails on one around both when the rows are sharded.
+    values, at = map(jax.lax.optimization_barrier, jax.lax.top_k(x, k))
     return values, at

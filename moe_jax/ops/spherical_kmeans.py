@@ -131,7 +131,8 @@ def nearest_centroids(
         start = jnp.minimum(i * size, rows - size)
         score = _scores(jax.lax.dynamic_slice_in_dim(x, start, size), centroids)
         # XLA sorts whole rows where it can move a later slice into the top-k.
-        best, index = jax.lax.optimization_barrier(jax.lax.top_k(score, k))
+        # One barrier each: XLA fails on one around both when the rows are sharded.
+        best, index = map(jax.lax.optimization_barrier, jax.lax.top_k(score, k))
         index = jnp.where(best > -jnp.inf, index, num_clusters)
         write = jax.lax.dynamic_update_slice_in_dim
         return write(found[0], index, start, 0), write(found[1], best, start, 0)
