@@ -20,7 +20,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +193,14 @@ class Reading:
     """One model on one text, with any memory."""
 
     def __init__(self, options: Options, corpus: Corpus, trained: Trained) -> None:
-        self.options, self.corpus, self.trained = options, corpus, trained
+        self.options, self.corpus = options, corpus
+        self.trained = replace(
+            trained, params=_on_device(trained.params), reports=_on_device(trained.reports)
+        )
         seq_len = byte_lm().training.seq_len
         self.span = seq_len - options.context
 
-        def batches(documents: list[int], total: int) -> list:
+        def batches(documents: list[int]) -> list:
             found = stream_batches(
                 corpus,
                 documents,
@@ -206,8 +209,7 @@ class Reading:
                 context=options.context,
                 max_document_bytes=options.document_bytes,
             )
-            del total
-            return jax.device_put(found)
+            return _on_device(found)
 
         held = self._shuffled(held_out=True)
         learnt = self._shuffled(held_out=False)
@@ -216,14 +218,11 @@ class Reading:
             "test": self._enough(held[1::2], options.test_bytes),
             "stored": self._enough(learnt, max(*options.sizes, 65_536)),
         }
-        self.batches = {n: batches(d, 0) for n, d in self.documents.items()}
+        self.batches = {n: batches(d) for n, d in self.documents.items()}
         self.hidden_step = make_hidden_step(trained.model)
-        self.steps = {
-            name: make_stream_step(
-                trained.model, options.vectors, gate, k=options.k, span=self.span
-            )
-            for name, gate in GATES.items()
-        }
+        self.step = make_stream_step(
+            trained.model, options.vectors, GATES["gate"], k=options.k, span=self.span
+        )
         self.projection = self._fit_projection()
         self.any_gate = GATES["gate"].init(
             jax.random.key(0), *(jnp.zeros((1, 1), t) for t in (float, float, int, bool))
@@ -265,28 +264,49 @@ class Reading:
         """A memory filled with training text."""
         memory = self.empty(size)
         for batch in self.batches["stored"][: -(-size // (self.options.rows * self.span))]:
-            memory, *_ = self._step("gate", self.any_gate, memory, batch, is_writing=True)
+            memory, *_ = self._step(self.any_gate, memory, batch, True)
         return memory
 
     def empty(self, size: int) -> KnowledgeGraph:
         """A memory without nodes."""
-        return KnowledgeGraph.create(size, self.options.vectors.dim, num_edge_slots=1)
+        memory = KnowledgeGraph.create(size, self.options.vectors.dim, num_edge_slots=1)
+        return _on_device(memory)
 
-    def _step(self, gate: str, variables: Any, memory: KnowledgeGraph, batch: Any, **how: Any):
-        reader = TokenReader(self.projection, variables)
-        return self.steps[gate](
-            self.trained.params, reader, memory, batch, reports=self.trained.reports, **how
+    def _step(
+        self,
+        variables: Any,
+        memory: KnowledgeGraph,
+        batch: Any,
+        is_writing: bool,
+        is_shuffled: bool = False,
+    ):
+        reader = TokenReader(self.projection, _on_device(variables))
+        return self.step(
+            self.trained.params,
+            reader,
+            memory,
+            batch,
+            reports=self.trained.reports,
+            is_writing=is_writing,
+            is_shuffled=is_shuffled,
         )
 
     def stream(
-        self, part: str, memory: KnowledgeGraph, gate: str, variables: Any, **how: Any
+        self,
+        part: str,
+        memory: KnowledgeGraph,
+        variables: Any,
+        is_writing: bool,
+        is_shuffled: bool = False,
     ) -> tuple[dict[str, float], Evidence, jax.Array]:
         """Reads a text with a memory; what it cost, and the evidence of every position."""
         sums, evidence, counted = [], [], []
         memory = jax.block_until_ready(jax.tree.map(jnp.copy, memory))
         began = time.perf_counter()
         for batch in self.batches[part]:
-            memory, one, found, is_counted = self._step(gate, variables, memory, batch, **how)
+            memory, one, found, is_counted = self._step(
+                variables, memory, batch, is_writing, is_shuffled
+            )
             sums.append(one)
             evidence.append(found)
             counted.append(is_counted)
@@ -309,25 +329,30 @@ class Reading:
     def rows_of(self, size: int, say: Callable[[dict], None]) -> None:
         """Every kind of memory of one size."""
         stored = self.stored(size) if any(KINDS[k][0] for k in self.options.kinds) else None
+        gate = GATES["gate"]
         for kind in self.options.kinds:
             starts_full, is_writing = KINDS[kind]
             memory = stored if starts_full else self.empty(size)
-            how = {"is_writing": is_writing}
-            _, *seen = self.stream("validation", memory, "gate", self.any_gate, **how)
-            fitted = {name: fit_interpolation(gate, *seen) for name, gate in GATES.items()}
-            figures, *told = self.stream("test", memory, "gate", fitted["gate"], **how)
+            _, *seen = self.stream("validation", memory, self.any_gate, is_writing)
+            fitted = {name: fit_interpolation(g, *seen) for name, g in GATES.items()}
+            figures, *told = self.stream("test", memory, fitted["gate"], is_writing)
             constant = _bits(GATES["constant share"], fitted["constant share"], *told)
-            parameters = jax.tree.map(lambda a: np.asarray(a).tolist(), fitted["gate"]["params"])
-            say({"memory": kind, "nodes": size, **figures, "constant": constant,
-                 "gate": parameters})  # fmt: skip
+            scalars = jax.tree.map(lambda a: np.asarray(a).tolist(), fitted["gate"]["params"])
+            say(
+                {"memory": kind, "nodes": size, **figures, "constant": constant, "scalars": scalars}
+            )
 
-            _, *seen = self.stream("validation", memory, "gate", fitted["gate"],
-                                   is_shuffled=True, **how)  # fmt: skip
-            refitted = fit_interpolation(GATES["gate"], *seen)
-            figures, *told = self.stream("test", memory, "gate", refitted,
-                                         is_shuffled=True, **how)  # fmt: skip
-            same = _bits(GATES["gate"], fitted["gate"], *told)
+            _, *seen = self.stream("validation", memory, self.any_gate, is_writing, True)
+            figures, *told = self.stream(
+                "test", memory, fit_interpolation(gate, *seen), is_writing, True
+            )
+            same = _bits(gate, fitted["gate"], *told)
             say({"memory": f"{kind}, shuffled", "nodes": size, **figures, "unshuffled_gate": same})
+
+
+def _on_device(tree: Any) -> Any:
+    """Commits everything to one device, as what is partly committed compiles twice."""
+    return jax.device_put(tree, jax.devices()[0])
 
 
 def _bits(gate: MemoryInterpolation, variables: Any, evidence: Evidence, counts: Any) -> float:
