@@ -222,6 +222,7 @@ def _features(evidence: Evidence, weights: Float[Array, "*B K"]) -> Float[Array,
     is_same = symbols[..., :, None] == symbols[..., None, :]
     # The mass of each hit's symbol: the memory's distribution at the symbols that it knows.
     mass = jnp.sum(jnp.where(is_same, weights[..., None, :], 0.0), axis=-1)
+    mass = jnp.where(evidence.is_valid, mass, 0.0)
     model = jnp.where(evidence.is_valid, jnp.exp(evidence.model_at_hits), 0.0)
     favourite = jnp.argmax(mass, axis=-1)[..., None]
     best = jnp.max(jnp.where(evidence.is_valid, evidence.scores, -1.0), axis=-1)
