@@ -10,13 +10,12 @@ dealt out at random; and beside it a wider model and one with a gated cross-atte
     python experiments/memory.py --sizes 1000 10000 --test-bytes 32768 --texts stdlib  # small
 """
 
-import ast
+import functools
 import hashlib
 import json
 import math
 import os
 import platform
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from documentation import documentation
 
 from moe_jax.config import RunConfig, byte_lm
 from moe_jax.data import Corpus, load_corpus
@@ -103,54 +103,6 @@ class Trained:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
-def documentation(folder: Path, max_bytes: int) -> Corpus:
-    """The documentation inside installed packages as a corpus, one file for each file of theirs.
-
-    Docstrings of modules, and reStructuredText, Markdown and package descriptions. Licences are
-    left out, as their copies in many packages would be found by heart.
-    """
-    root, left = Path(sysconfig.get_path("purelib")), max_bytes
-    paths = [Path(at, name) for at, _, names in os.walk(root) for name in names]
-    paths = [(p.relative_to(root).as_posix(), p) for p in paths]
-    paths.sort(key=lambda pair: hashlib.blake2b(pair[0].encode()).digest())
-    for name, path in paths:
-        text = _documentation_of(name.lower(), path)
-        if len(text) < 1024:
-            continue
-        if left < len(text):
-            break
-        left -= len(text)
-        target = folder / (name + ".doc")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(text)
-    return load_corpus([folder])
-
-
-def _documentation_of(name: str, path: Path) -> bytes:
-    if any(word in name for word in ("license", "copying", "notice", "test", "moe_jax")):
-        return b""
-    try:
-        if name.endswith((".rst", ".md")):
-            return path.read_bytes()
-        if name.endswith("dist-info/metadata"):
-            return path.read_bytes().partition(b"\n\n")[2]
-        if name.endswith(".py"):
-            return "\n\n\n".join(_docstrings(path.read_text())).encode()
-    except (OSError, ValueError, SyntaxError, RecursionError):
-        pass
-    return b""
-
-
-def _docstrings(source: str) -> Iterator[str]:
-    if '"""' not in source:
-        return
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                yield f"{getattr(node, 'name', '')}\n{text}"
-
-
 def train_one(config: RunConfig, corpus: Corpus) -> Trained:
     result = train(config, corpus)
     reports = result.graph if config.model.moe.memory_read else None
@@ -223,7 +175,6 @@ class Reading:
         self.step = make_stream_step(
             trained.model, options.vectors, GATES["gate"], k=options.k, span=self.span
         )
-        self.projection = self._fit_projection()
         self.any_gate = GATES["gate"].init(
             jax.random.key(0), *(jnp.zeros((1, 1), t) for t in (float, float, int, bool))
         )
@@ -238,12 +189,14 @@ class Reading:
         sizes = np.minimum(self.corpus.sizes[documents], self.options.document_bytes)
         return documents[: int(np.searchsorted(np.cumsum(sizes), total)) + 1]
 
-    def _fit_projection(self) -> Any:
+    @functools.cached_property
+    def projection(self) -> Any:
+        """Fitted to training text."""
         hidden = []
         for batch in self.batches["stored"][: 65_536 // (self.options.rows * self.span)]:
             states, _ = self.hidden_step(self.trained.params, batch, self.trained.reports)
-            hidden.append(states[batch.is_valid])
-        return self.options.vectors.fit(jnp.concatenate(hidden))
+            hidden.append(np.asarray(states)[np.asarray(batch.is_valid)])
+        return _on_device(self.options.vectors.fit(jnp.asarray(np.concatenate(hidden))))
 
     def without(self, reports: KnowledgeGraph | None) -> dict[str, float]:
         """Bits per byte of the model alone on the test text, and its time."""
@@ -253,7 +206,7 @@ class Reading:
                 nats.append(self.hidden_step(self.trained.params, batch, reports)[1])
             total = float(sum(jax.device_get(nats)))
             seconds = time.perf_counter() - began
-        count = sum(int(batch.is_valid.sum()) for batch in self.batches["test"])
+        count = sum(int(np.sum(batch.is_valid)) for batch in self.batches["test"])
         return {
             "bits_per_byte": total / count / math.log(2),
             "us_per_byte": 1e6 * seconds / count,
@@ -262,9 +215,9 @@ class Reading:
 
     def stored(self, size: int) -> KnowledgeGraph:
         """A memory filled with training text."""
-        memory = self.empty(size)
+        memory, reader = self.empty(size), self._reader(self.any_gate)
         for batch in self.batches["stored"][: -(-size // (self.options.rows * self.span))]:
-            memory, *_ = self._step(self.any_gate, memory, batch, True)
+            memory, *_ = self._step(reader, memory, batch, True)
         return memory
 
     def empty(self, size: int) -> KnowledgeGraph:
@@ -274,13 +227,12 @@ class Reading:
 
     def _step(
         self,
-        variables: Any,
+        reader: TokenReader,
         memory: KnowledgeGraph,
         batch: Any,
         is_writing: bool,
         is_shuffled: bool = False,
     ):
-        reader = TokenReader(self.projection, _on_device(variables))
         return self.step(
             self.trained.params,
             reader,
@@ -291,6 +243,9 @@ class Reading:
             is_shuffled=is_shuffled,
         )
 
+    def _reader(self, variables: Any) -> TokenReader:
+        return _on_device(TokenReader(self.projection, variables))
+
     def stream(
         self,
         part: str,
@@ -300,17 +255,17 @@ class Reading:
         is_shuffled: bool = False,
     ) -> tuple[dict[str, float], Evidence, jax.Array]:
         """Reads a text with a memory; what it cost, and the evidence of every position."""
-        sums, evidence, counted = [], [], []
+        sums, evidence, counted, reader = [], [], [], self._reader(variables)
         memory = jax.block_until_ready(jax.tree.map(jnp.copy, memory))
         began = time.perf_counter()
         for batch in self.batches[part]:
             memory, one, found, is_counted = self._step(
-                variables, memory, batch, is_writing, is_shuffled
+                reader, memory, batch, is_writing, is_shuffled
             )
             sums.append(one)
             evidence.append(found)
             counted.append(is_counted)
-        jax.block_until_ready(memory)
+        jax.block_until_ready((memory, sums[-1]))
         seconds = time.perf_counter() - began
         total = jax.tree.map(lambda *a: float(sum(a)), *jax.device_get(sums))
         bits = total.count * math.log(2)
@@ -320,11 +275,7 @@ class Reading:
             "us_per_byte": 1e6 * seconds / total.count,
             "found": total.count_found / total.count,
         }
-        return (
-            figures,
-            jax.tree.map(lambda *a: jnp.concatenate(a), *evidence),
-            jnp.concatenate(counted),
-        )
+        return figures, *_joined(evidence, counted)
 
     def rows_of(self, size: int, say: Callable[[dict], None]) -> None:
         """Every kind of memory of one size."""
@@ -355,10 +306,23 @@ def _on_device(tree: Any) -> Any:
     return jax.device_put(tree, jax.devices()[0])
 
 
+def _joined(evidence: list[Evidence], counted: list[jax.Array]) -> tuple[Evidence, jax.Array]:
+    """End to end; on the host, as XLA takes long to compile the joining of so many arrays."""
+    evidence, counted = jax.device_get((evidence, counted))
+    joined = jax.tree.map(lambda *a: np.concatenate(a), *evidence)
+    return _on_device((joined, np.concatenate(counted)))
+
+
 def _bits(gate: MemoryInterpolation, variables: Any, evidence: Evidence, counts: Any) -> float:
-    log_prob = jax.jit(lambda v, e: gate.apply(v, e, method="target_log_prob"))(variables, evidence)
-    total = -jnp.sum(jnp.where(counts, log_prob, 0.0))
-    return float(total / jnp.sum(counts) / math.log(2))
+    return float(_nats_of(gate, variables, evidence, counts) / math.log(2))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nats_of(
+    gate: MemoryInterpolation, variables: Any, evidence: Evidence, counts: jax.Array
+) -> jax.Array:
+    log_prob = gate.apply(variables, evidence, method="target_log_prob")
+    return -jnp.sum(jnp.where(counts, log_prob, 0.0)) / jnp.sum(counts)
 
 
 def measure(options: Options, text: str, corpus: Corpus) -> Iterator[dict[str, Any]]:
@@ -373,7 +337,7 @@ def measure(options: Options, text: str, corpus: Corpus) -> Iterator[dict[str, A
     rows: list[dict[str, Any]] = []
 
     def row(name: str, figures: dict[str, Any], num_params: int = trained.num_params) -> dict:
-        gain = 1 - figures["bits_per_byte"] / base["bits_per_byte"]
+        gain = 1 - figures["bits_per_byte"] / figures.get("without", base["bits_per_byte"])
         found = {"text": text, "memory": name, "gain": gain, "params": num_params} | figures
         show(found)
         return found
@@ -436,7 +400,10 @@ def main(options: Options) -> None:
     print(json.dumps(found))
     print("| " + " | ".join(HEADER) + " |\n|" + " --- |" * len(HEADER), flush=True)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
+        if not jax.config.jax_compilation_cache_dir:
+            # Both texts compile the same programs.
+            jax.config.update("jax_compilation_cache_dir", cache)
         for text in options.texts:
             corpus = (
                 load_corpus()
