@@ -129,6 +129,7 @@ def test_writing_is_a_ring(split):
         assert graph.source[slot].tolist() == origin.tolist()
     assert int(graph.clock) == int(graph.num_updates) == max(s[0] for s in slots.values())
     assert int(graph.num_evicted) == int(graph.clock) - N
+    assert int(graph.num_rejected) == is_valid[[3, 11, 20]].sum() > 0
 
 
 def test_reading_gives_what_followed():

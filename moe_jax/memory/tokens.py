@@ -69,8 +69,8 @@ def write_tokens(
         contexts: [R, D] context vectors.
         symbols: [R] the symbols that followed.
         source: [R, 2] document id and offset of the symbols.
-        is_valid: [R], all by default; the others are not written, nor are vectors without a
-            direction.
+        is_valid: [R], all by default; the others are not written. Vectors without a direction
+            are not written either, and counted as rejected.
 
     Returns:
         The memory after.
@@ -125,7 +125,9 @@ def _append(
 ) -> KnowledgeGraph:
     nowhere, rows = graph.num_nodes, symbols.shape[0]
     key = normalize(jax.lax.stop_gradient(contexts))
-    is_valid = is_valid & jnp.any(key != 0.0, axis=-1)
+    is_sound = jnp.any(key != 0.0, axis=-1)
+    num_rejected = jnp.sum(is_valid & ~is_sound, dtype=jnp.int32)
+    is_valid = is_valid & is_sound
     turn = jnp.cumsum(is_valid, dtype=jnp.int32)
     count = turn[-1]
     # Free slots in slot order, then the oldest, ties to the lower slot; as a ring beyond that.
@@ -157,5 +159,6 @@ def _append(
         **written,
         clock=graph.clock + count,
         num_updates=graph.num_updates + count,
+        num_rejected=graph.num_rejected + num_rejected,
         num_evicted=graph.num_evicted + jnp.maximum(count - (nowhere - was_live), 0),
     )
