@@ -18,12 +18,14 @@ class LanguageModelOutput(NamedTuple):
 
     Attributes:
         logits: [B, S, V] float32; row s predicts the token after input s.
+        hidden: [B, S, D] what the head read, after the last norm; a context vector for memories.
         moe: output of the last block's system, the one that reports and reads memory.
         auxiliary_loss: the blocks' weighted auxiliary losses, averaged.
         stats: routing statistics, each with a leading axis of layers.
     """
 
     logits: Float[Array, "B S V"]
+    hidden: Float[Array, "B S D"]
     moe: MoEOutput
     auxiliary_loss: Float[Array, ""]
     stats: RoutingStats
@@ -101,8 +103,10 @@ class MoELanguageModel(nn.Module):
         for block in self.blocks:
             x, output = block(x, graph, is_valid=is_valid, source=source, is_training=is_training)
             outputs.append(output)
+        hidden = self.norm(x)
         return LanguageModelOutput(
-            logits=self.head(self.norm(x)).astype(jnp.float32),
+            logits=self.head(hidden).astype(jnp.float32),
+            hidden=hidden,
             moe=outputs[-1],
             auxiliary_loss=jnp.mean(jnp.stack([output.losses.total for output in outputs])),
             stats=jax.tree.map(lambda *a: jnp.stack(a), *[output.stats for output in outputs]),

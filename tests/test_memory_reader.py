@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import KnowledgeGraph, memory
+from moe_jax import KnowledgeGraph
 from moe_jax.graph import insert, search
-from moe_jax.memory import MemoryReader
+from moe_jax.memory import MemoryReader, reader
 
 B, S, N = 2, 5, 12
 
@@ -131,7 +131,7 @@ def test_each_token_reads_by_itself():
 def test_retrieval_in_parts_equals_retrieval_at_once(monkeypatch):
     x, graph, variables = tokens(), graph_of(), open_variables()
     whole = compiled()[1](variables, x, graph)
-    monkeypatch.setattr(memory, "_QUERIES_AT_ONCE", 4)
+    monkeypatch.setattr(reader, "_QUERIES_AT_ONCE", 4)
     apply = MemoryReader(num_heads=2, top_k=3).apply
     assert "scan" in str(jax.make_jaxpr(apply)(variables, x, graph))
     np.testing.assert_array_equal(jax.jit(apply)(variables, x, graph), whole)

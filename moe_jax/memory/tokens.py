@@ -1,0 +1,164 @@
+"""A token memory: a knowledge graph whose node is one seen position and the symbol after it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax._types import Array, Bool, Float, Int, PRNGKey
+from moe_jax.graph import KnowledgeGraph, search
+from moe_jax.graph.state import with_keys
+from moe_jax.ops import normalize
+
+__all__ = ["TokenHits", "read_tokens", "shuffle_symbols", "write_tokens"]
+
+
+class TokenHits(NamedTuple):
+    """What followed the contexts most alike, best first.
+
+    Attributes:
+        scores: [Q, K] cosines, 0 where there is no hit.
+        symbols: [Q, K] the symbols that followed, -1 where there is no hit.
+        is_valid: [Q, K].
+    """
+
+    scores: Float[Array, "Q K"]
+    symbols: Int[Array, "Q K"]
+    is_valid: Bool[Array, "Q K"]
+
+
+def read_tokens(graph: KnowledgeGraph, contexts: Float[Array, "Q D"], k: int) -> TokenHits:
+    """Finds the k seen positions whose contexts are most alike.
+
+    Args:
+        graph: the token memory.
+        contexts: [Q, D] context vectors; a zero vector finds nothing.
+        k: how many; a smaller memory gives as many as it has slots.
+
+    Returns:
+        The hits.
+
+    Raises:
+        ValueError: k is below 1 or the contexts have the wrong width.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from moe_jax.graph import KnowledgeGraph
+        >>> graph = KnowledgeGraph.create(4, 2)
+        >>> graph = write_tokens(graph, jnp.eye(2), jnp.array([7, 8]), jnp.zeros((2, 2), int))
+        >>> read_tokens(graph, jnp.array([[0.1, 2.0]]), k=2).symbols.tolist()
+        [[8, 7]]
+    """
+    hits = search(graph, contexts, k=min(k, graph.num_nodes), reproducible=False)
+    symbols = graph.symbol.at[hits.ids].get(mode="fill", fill_value=-1)
+    return TokenHits(hits.scores, symbols, hits.is_valid)
+
+
+def write_tokens(
+    graph: KnowledgeGraph,
+    contexts: Float[Array, "R D"],
+    symbols: Int[Array, "R"],
+    source: Int[Array, "R 2"],
+    *,
+    is_valid: Bool[Array, "R"] | None = None,
+) -> KnowledgeGraph:
+    """Appends positions; nothing merges, and in a full memory the oldest go first.
+
+    Args:
+        graph: the token memory.
+        contexts: [R, D] context vectors.
+        symbols: [R] the symbols that followed.
+        source: [R, 2] document id and offset of the symbols.
+        is_valid: [R], all by default; the others are not written. Vectors without a direction
+            are not written either, and counted as rejected.
+
+    Returns:
+        The memory after.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from moe_jax.graph import KnowledgeGraph
+        >>> graph, source = KnowledgeGraph.create(2, 3), jnp.zeros((3, 2), int)
+        >>> write_tokens(graph, jnp.eye(3), jnp.array([5, 6, 7]), source).symbol.tolist()
+        [7, 6]
+    """
+    if is_valid is None:
+        is_valid = jnp.ones(symbols.shape, bool)
+    return _append(graph, contexts, symbols, source, is_valid)
+
+
+@jax.jit
+def shuffle_symbols(graph: KnowledgeGraph, key: PRNGKey) -> KnowledgeGraph:
+    """Deals the live nodes' symbols out at random: a memory that knows only how often.
+
+    Args:
+        graph: the token memory.
+        key: of the shuffle.
+
+    Returns:
+        The same memory with its symbols permuted among live nodes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from moe_jax.graph import KnowledgeGraph
+        >>> graph = KnowledgeGraph.create(4, 3)
+        >>> graph = write_tokens(graph, jnp.eye(3), jnp.array([5, 6, 7]), jnp.zeros((3, 2), int))
+        >>> sorted(shuffle_symbols(graph, jax.random.key(0)).symbol.tolist())
+        [-1, 5, 6, 7]
+    """
+    chance = jax.random.uniform(key, (graph.num_nodes,))
+    # Live slots in slot order, and the same slots in a random order; free slots stay put.
+    place = jnp.argsort(~graph.is_live, stable=True)
+    drawn = jnp.argsort(jnp.where(graph.is_live, chance, 2.0), stable=True)
+    return graph._replace(symbol=graph.symbol.at[place].set(graph.symbol[drawn]))
+
+
+# To be replaced by `insert(graph, contexts, symbol=symbols, source=source, is_valid=is_valid,
+# merge_threshold=None, policy="oldest")[0]` where that exists: the same slots, the same fields.
+@jax.jit
+def _append(
+    graph: KnowledgeGraph,
+    contexts: Float[Array, "R D"],
+    symbols: Int[Array, "R"],
+    source: Int[Array, "R 2"],
+    is_valid: Bool[Array, "R"],
+) -> KnowledgeGraph:
+    nowhere, rows = graph.num_nodes, symbols.shape[0]
+    key = normalize(jax.lax.stop_gradient(contexts))
+    is_sound = jnp.any(key != 0.0, axis=-1)
+    num_rejected = jnp.sum(is_valid & ~is_sound, dtype=jnp.int32)
+    is_valid = is_valid & is_sound
+    turn = jnp.cumsum(is_valid, dtype=jnp.int32)
+    count = turn[-1]
+    # Free slots in slot order, then the oldest, ties to the lower slot; as a ring beyond that.
+    age = jnp.where(graph.is_live, graph.created, jnp.iinfo(jnp.int32).min)
+    width = min(rows, nowhere)
+    _, slots = jax.lax.top_k(-1 - age, width)
+    # Of more items than slots only the last ones stay.
+    is_kept = is_valid & (turn > count - nowhere)
+    at = jnp.where(is_kept, slots[(turn - 1) % width], nowhere)
+    was_live = jnp.sum(graph.is_live, dtype=jnp.int32)
+    fields = {
+        "is_live": jnp.ones(rows, bool),
+        "value": key,
+        "kind": jnp.zeros(rows, jnp.int32),
+        "expert_id": jnp.full(rows, -1, jnp.int32),
+        "confidence": jnp.zeros(rows),
+        "hits": jnp.ones(rows, jnp.int32),
+        "reads": jnp.zeros(rows, jnp.int32),
+        "created": graph.clock + turn,
+        "updated": graph.clock + turn,
+        "source": source.astype(jnp.int32),
+        "symbol": symbols.astype(jnp.int32),
+    }
+    written = {
+        name: getattr(graph, name).at[at].set(value, mode="drop") for name, value in fields.items()
+    }
+    graph = with_keys(graph, at, key)
+    return graph._replace(
+        **written,
+        clock=graph.clock + count,
+        num_updates=graph.num_updates + count,
+        num_rejected=graph.num_rejected + num_rejected,
+        num_evicted=graph.num_evicted + jnp.maximum(count - (nowhere - was_live), 0),
+    )
