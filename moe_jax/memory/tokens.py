@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int, PRNGKey
-from moe_jax.graph import KnowledgeGraph, search
-from moe_jax.graph.state import with_keys
-from moe_jax.ops import normalize
+from moe_jax.graph import KnowledgeGraph, insert, search
 
 __all__ = ["TokenHits", "read_tokens", "shuffle_symbols", "write_tokens"]
 
@@ -82,9 +80,11 @@ def write_tokens(
         >>> write_tokens(graph, jnp.eye(3), jnp.array([5, 6, 7]), source).symbol.tolist()
         [7, 6]
     """
-    if is_valid is None:
-        is_valid = jnp.ones(symbols.shape, bool)
-    return _append(graph, contexts, symbols, source, is_valid)
+    graph, _ = insert(
+        graph, contexts, symbol=symbols, source=source, is_valid=is_valid,
+        merge_threshold=None, policy="oldest",
+    )  # fmt: skip
+    return graph
 
 
 @jax.jit
@@ -111,54 +111,3 @@ def shuffle_symbols(graph: KnowledgeGraph, key: PRNGKey) -> KnowledgeGraph:
     place = jnp.argsort(~graph.is_live, stable=True)
     drawn = jnp.argsort(jnp.where(graph.is_live, chance, 2.0), stable=True)
     return graph._replace(symbol=graph.symbol.at[place].set(graph.symbol[drawn]))
-
-
-# To be replaced by `insert(graph, contexts, symbol=symbols, source=source, is_valid=is_valid,
-# merge_threshold=None, policy="oldest")[0]` where that exists: the same slots, the same fields.
-@jax.jit
-def _append(
-    graph: KnowledgeGraph,
-    contexts: Float[Array, "R D"],
-    symbols: Int[Array, "R"],
-    source: Int[Array, "R 2"],
-    is_valid: Bool[Array, "R"],
-) -> KnowledgeGraph:
-    nowhere, rows = graph.num_nodes, symbols.shape[0]
-    key = normalize(jax.lax.stop_gradient(contexts))
-    is_sound = jnp.any(key != 0.0, axis=-1)
-    num_rejected = jnp.sum(is_valid & ~is_sound, dtype=jnp.int32)
-    is_valid = is_valid & is_sound
-    turn = jnp.cumsum(is_valid, dtype=jnp.int32)
-    count = turn[-1]
-    # Free slots in slot order, then the oldest, ties to the lower slot; as a ring beyond that.
-    age = jnp.where(graph.is_live, graph.created, jnp.iinfo(jnp.int32).min)
-    width = min(rows, nowhere)
-    _, slots = jax.lax.top_k(-1 - age, width)
-    # Of more items than slots only the last ones stay.
-    is_kept = is_valid & (turn > count - nowhere)
-    at = jnp.where(is_kept, slots[(turn - 1) % width], nowhere)
-    was_live = jnp.sum(graph.is_live, dtype=jnp.int32)
-    fields = {
-        "is_live": jnp.ones(rows, bool),
-        "value": key,
-        "kind": jnp.zeros(rows, jnp.int32),
-        "expert_id": jnp.full(rows, -1, jnp.int32),
-        "confidence": jnp.zeros(rows),
-        "hits": jnp.ones(rows, jnp.int32),
-        "reads": jnp.zeros(rows, jnp.int32),
-        "created": graph.clock + turn,
-        "updated": graph.clock + turn,
-        "source": source.astype(jnp.int32),
-        "symbol": symbols.astype(jnp.int32),
-    }
-    written = {
-        name: getattr(graph, name).at[at].set(value, mode="drop") for name, value in fields.items()
-    }
-    graph = with_keys(graph, at, key)
-    return graph._replace(
-        **written,
-        clock=graph.clock + count,
-        num_updates=graph.num_updates + count,
-        num_rejected=graph.num_rejected + num_rejected,
-        num_evicted=graph.num_evicted + jnp.maximum(count - (nowhere - was_live), 0),
-    )
