@@ -1,5 +1,10 @@
 """The knowledge graph: a fixed-size memory that lives on the device."""
 
+from moe_jax.graph.digest import digest as digest
+from moe_jax.graph.digest import digest_hex as digest_hex
+from moe_jax.graph.digest import row_digest as row_digest
+from moe_jax.graph.health import GraphHealth as GraphHealth
+from moe_jax.graph.health import health as health
 from moe_jax.graph.link import link as link
 from moe_jax.graph.link import link_similar as link_similar
 from moe_jax.graph.query import Hits as Hits
