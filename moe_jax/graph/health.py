@@ -89,13 +89,18 @@ def health(
     """
     if not 1 <= sample <= _MAX_SAMPLE:
         raise ValueError(f"sample must be between 1 and {_MAX_SAMPLE}, got {sample}")
-    now = graph.clock if now is None else now
-    return _health(graph, now, duplicate_cosine, sample=min(sample, graph.num_nodes))
+    now = jnp.asarray(graph.clock if now is None else now, jnp.int32)
+    cosine = jnp.asarray(duplicate_cosine, jnp.float32)
+    return _health(graph, now, cosine, sample=min(sample, graph.num_nodes))
 
 
 @functools.partial(jax.jit, static_argnames="sample")
 def _health(
-    graph: KnowledgeGraph, now: ArrayLike, duplicate_cosine: ArrayLike, *, sample: int
+    graph: KnowledgeGraph,
+    now: Int[Array, ""],
+    duplicate_cosine: Float[Array, ""],
+    *,
+    sample: int,
 ) -> GraphHealth:
     live, num_live = graph.is_live, graph.num_live
     num_nodes = graph.num_nodes
@@ -108,7 +113,7 @@ def _health(
     # Free slots have no edges, so they sort behind every live node that has one.
     reached = jnp.cumsum(-jnp.sort(-in_degree), dtype=jnp.int32)
     num_hubs = (num_live + 99) // 100
-    age = jnp.asarray(now, jnp.int32) - graph.created
+    age = now - graph.created
     return GraphHealth(
         num_live=num_live,
         occupancy=_share(num_live, num_nodes),
@@ -126,7 +131,9 @@ def _health(
     )
 
 
-def _duplicate_rate(graph: KnowledgeGraph, threshold: ArrayLike, sample: int) -> Float[Array, ""]:
+def _duplicate_rate(
+    graph: KnowledgeGraph, threshold: Float[Array, ""], sample: int
+) -> Float[Array, ""]:
     """The share of sampled live nodes with another live node at or above the threshold."""
     num_live, order = graph.num_live, jnp.arange(sample, dtype=jnp.int32)
     # The i-th of the sample has rank i * live // sample, computed without overflow.
