@@ -5,6 +5,7 @@ has none and is never read.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import orbax.checkpoint as ocp
 
 FORMAT_VERSION = 2
 _COMMIT_FILE = "_CHECKPOINT_METADATA"
+_UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
 class CheckpointError(Exception):
@@ -29,7 +31,7 @@ class Checkpoints:
 
     Saving is asynchronous: arrays are copied off the device before `save` returns, and written
     in the background. Each save appears whole or not at all, and older ones go only once it is
-    there.
+    there. What a killed process left unfinished is removed at the first save.
 
     Args:
         directory: created when absent.
@@ -59,6 +61,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._policy = _Newest(keep, also_keep or (lambda step: ()))
         self._manager: ocp.CheckpointManager | None = None
+        self._is_swept = False
 
     def save(self, step: int, tree: Any, note: Mapping[str, Any] | None = None) -> None:
         """Saves `tree` as `step`; a step that is already there complete is left as it is.
@@ -73,6 +76,11 @@ class Checkpoints:
         """
         if step in complete_steps(self.directory):
             return
+        if not self._is_swept:
+            # Only who saves may sweep: a reader could meet a save of another process.
+            for remains in self.directory.glob(_UNFINISHED):
+                shutil.rmtree(remains, ignore_errors=True)
+            self._is_swept = True
         args = ocp.args.Composite(
             tree=ocp.args.StandardSave(tree),
             note=ocp.args.JsonSave({**(note or {}), "format_version": FORMAT_VERSION}),
