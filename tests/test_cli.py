@@ -46,7 +46,8 @@ def test_a_run_folder_holds_config_metrics_checkpoints_and_plots(run):
     assert [r["step"] for r in records] == [2, 4, 6]
     wanted = {"loss", "load", "dropped_fraction", "graph_nodes", "tokens_per_second"}
     assert all(wanted <= r.keys() for r in records)
-    assert "eval_bits_per_byte" in records[-1]
+    assert {"eval_bits_per_byte", "graph_health"} <= records[-1].keys()
+    assert "eval_bits_per_byte_memory_off" not in records[-1]  # this model reads no memory
     plots = {"learning.png", "load.png", "graph.png", "health.png"}
     assert {p.name for p in (run / "plots").iterdir()} == plots
     assert all(p.stat().st_size > 5000 for p in (run / "plots").iterdir())
