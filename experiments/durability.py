@@ -5,6 +5,7 @@ and saves after every step, telling of each save that has finished. The parent s
 random moment. What is restored next must be complete, never older than the last save that was told
 of, and equal to the stream replayed from its beginning, by digest. Half of the trials wait for each
 save, half go on while it is written. "runs" does the same with the checkpoints of a training run.
+"cost" times whole and incremental saves of a graph of 100,000 nodes of width 512.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.checkpoint import Checkpoints, GraphCheckpoints, complete_steps
-from moe_jax.graph import KnowledgeGraph, digest_hex, insert, link
+from moe_jax.graph import KnowledgeGraph, digest, digest_hex, insert, link
 
 N, D, ROWS, TRIALS_PER_FOLDER = 2048, 32, 8, 10
 Say = Callable[[str], None]
@@ -154,10 +155,41 @@ def trials(child: Callable, count: int, longest: float, seed: int) -> int:
     return wrong
 
 
+def cost(num_nodes: int = 100_000, dim: int = 512, changed: int = 1000) -> int:
+    """Prints seconds and bytes of a whole save, of a delta, and of their restore."""
+    graph = KnowledgeGraph.create(num_nodes, dim)
+    graph = graph._replace(
+        key=jax.random.normal(jax.random.key(0), graph.key.shape),
+        value=jax.random.normal(jax.random.key(1), graph.value.shape),
+    )
+    folder = Path(tempfile.mkdtemp(prefix="durability-"))
+    rolling = GraphCheckpoints(folder)
+    for name in ("whole", "delta, compiling", "delta", "nothing changed"):
+        began = time.perf_counter()
+        number = rolling.save(graph)
+        returned = time.perf_counter() - began
+        rolling.wait()
+        finished = time.perf_counter() - began
+        size = sum(p.stat().st_size for p in (folder / str(number)).rglob("*") if p.is_file())
+        print(f"{name}: returns after {returned:.3f} s, on disk after {finished:.3f} s, {size:,} B")
+        if name != "delta":
+            graph = graph._replace(reads=graph.reads.at[:changed].add(1))
+    rolling.close()
+    jax.block_until_ready(digest(graph))
+    began = time.perf_counter()
+    jax.block_until_ready(digest(graph))
+    print(f"digest: {time.perf_counter() - began:.3f} s")
+    began = time.perf_counter()
+    jax.block_until_ready(GraphCheckpoints(folder).restore(graph))
+    print(f"restore of a whole save and three deltas: {time.perf_counter() - began:.3f} s")
+    shutil.rmtree(folder)
+    return 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--what", choices=("graphs", "runs", "both"), default="both")
+    parser.add_argument("--what", choices=("graphs", "runs", "both", "cost"), default="both")
     parser.add_argument("--longest", type=float, default=0.5, help="seconds until the kill")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -165,6 +197,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*os.fork.*")
     print(f"jax {jax.__version__}, python {sys.version.split()[0]}")
     children = {"graphs": graph_child, "runs": run_child}
+    if args.what == "cost":
+        sys.exit(cost())
     chosen = children if args.what == "both" else {args.what: children[args.what]}
     wrong = [trials(child, args.trials, args.longest, args.seed) for child in chosen.values()]
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
