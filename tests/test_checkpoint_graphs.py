@@ -249,6 +249,16 @@ def test_a_save_that_never_arrived_is_no_base(tmp_path, stream):
     assert same(GraphCheckpoints(tmp_path).restore(NEW), stream[1])
 
 
+def test_bases_that_another_object_wrote_stay(tmp_path, stream):
+    rolling = GraphCheckpoints(tmp_path, keep=1)
+    numbers = saved(tmp_path, steps=3)
+    rolling.restore(NEW)
+    rolling.save(on_device(stream[3]))
+    rolling.close()
+    assert complete_steps(tmp_path)[:-1] == numbers
+    assert same(GraphCheckpoints(tmp_path).restore(NEW), stream[3])
+
+
 @pytest.mark.parametrize("name", ["interval", "keep", "full_every"])
 def test_wrong_numbers(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):

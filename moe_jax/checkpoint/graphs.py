@@ -223,6 +223,8 @@ class GraphCheckpoints:
             if base not in complete_steps(self.directory):
                 raise DamagedError(f"checkpoint {name} needs step {base}, which is not there")
             chain.append((base, self._note(base)))
+        # Another object may have written them since this one was made.
+        self._base.update({number: its_note["base"] for number, its_note in chain})
         _, graph, _ = self._checkpoints.restore(like, chain.pop()[0])
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
         write = jax.jit(scatter, donate_argnums=0, out_shardings=shardings)
