@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from moe_jax.graph import GraphHealth, health
 from moe_jax.training.run import Insight, Run
 
 
@@ -77,6 +79,8 @@ def closing_table(
     table.add_column()
     table.add_column(justify="right")
     table.add_row("bits per byte: this model", f"{evaluation['eval_bits_per_byte']:.3f}")
+    if (off := evaluation.get("eval_bits_per_byte_memory_off")) is not None:
+        table.add_row("bits per byte: this model, memory off", f"{off:.3f}")
     for name, value in baselines.items():
         table.add_row(f"bits per byte: {name}", f"{value:.3f}")
     worst = max(evaluation["eval_max_over_mean"])
@@ -141,10 +145,27 @@ def run_table(run: Run, records: Sequence[Mapping[str, Any]]) -> Table:
     table.add_row("experts", f"{moe.num_experts} {moe.expert}, {moe.num_choices} per token")
     table.add_row("graph", f"{int(run.graph.num_live):,} of {run.graph.num_nodes:,} nodes")
     table.add_row("documents", f"{len(run.sources['files']):,}")
-    held = [r["eval_bits_per_byte"] for r in records if "eval_bits_per_byte" in r]
-    if held:
-        table.add_row("held-out bits per byte", f"{held[-1]:.3f}")
+    for name, key in {
+        "held-out bits per byte": "eval_bits_per_byte",
+        "held-out bits per byte, memory off": "eval_bits_per_byte_memory_off",
+    }.items():
+        held = [record[key] for record in records if key in record]
+        if held:
+            table.add_row(name, f"{held[-1]:.3f}")
+    _add_health(table, jax.device_get(health(run.graph)))
     return table
+
+
+def _add_health(table: Table, report: GraphHealth) -> None:
+    """Adds what the graph of a run is like."""
+    edges = f"{report.mean_out_degree:.1f} out of a node, at most {report.max_in_degree:,} into one"
+    table.add_row("graph: items merged", f"{report.merge_rate:.1%} of the stored")
+    table.add_row("graph: near-duplicates", f"{report.duplicate_rate:.1%} of nodes")
+    table.add_row("graph: never read", f"{report.never_read_share:.1%} of nodes")
+    table.add_row("graph: isolated", f"{report.isolated_share:.1%} of nodes")
+    table.add_row("graph: edges", edges)
+    table.add_row("graph: edges into the top 1% of nodes", f"{report.hub_share:.1%}")
+    table.add_row("graph: dead edges", f"{report.dead_edges:,}")
 
 
 def print_paths(console: Console, title: str, paths: Sequence[Path]) -> None:

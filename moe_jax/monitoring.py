@@ -4,13 +4,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_jax.graph import KnowledgeGraph
+from moe_jax.graph import GraphHealth, KnowledgeGraph, health
 
 _INK, _FAINT = "#1f4e79", "#9aa5b1"
+_SHARES = {
+    "occupancy": "slots in use",
+    "merge_rate": "items merged",
+    "duplicate_rate": "near-duplicates",
+    "never_read_share": "never read",
+    "isolated_share": "isolated",
+    "hub_share": "edges into top 1%",
+}
 
 
 def save_plots(
@@ -20,7 +29,7 @@ def save_plots(
     *,
     references: Mapping[str, float] | None = None,
 ) -> list[Path]:
-    """Draws a run's learning curve, expert load and knowledge graph as PNG files.
+    """Draws a run's learning curve, expert load, knowledge graph and its health as PNG files.
 
     Args:
         directory: of the plots; created when absent.
@@ -37,18 +46,19 @@ def save_plots(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     paths = save_plots(Path(folder), [], KnowledgeGraph.create(8, 2))
         ...     [path.name for path in paths]
-        ['learning.png', 'load.png', 'graph.png']
+        ['learning.png', 'load.png', 'graph.png', 'health.png']
     """
     directory.mkdir(parents=True, exist_ok=True)
     drawings = {
-        "learning.png": lambda axes: plot_learning(axes, records, references or {}),
-        "load.png": lambda axes: plot_load(axes, records),
-        "graph.png": lambda axes: plot_graph(axes, graph),
+        "learning.png": lambda f: plot_learning(f.subplots(), records, references or {}),
+        "load.png": lambda f: plot_load(f.subplots(), records),
+        "graph.png": lambda f: plot_graph(f.subplots(), graph),
+        "health.png": lambda f: plot_health(f, records, jax.device_get(health(graph))),
     }
     paths = []
     for name, draw in drawings.items():
         figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-        draw(figure.subplots())
+        draw(figure)
         figure.savefig(directory / name, dpi=120)
         paths.append(directory / name)
     return paths
@@ -70,6 +80,11 @@ def plot_learning(
     held = [(r["step"], r["eval_bits_per_byte"]) for r in records if "eval_bits_per_byte" in r]
     if held:
         axes.plot(*zip(*held, strict=True), "o", color="#c0392b", label="held out")
+    name = "eval_bits_per_byte_memory_off"
+    off = [(r["step"], r[name]) for r in records if name in r]
+    if off:
+        style = {"color": "#c0392b", "mfc": "none", "label": "held out, memory off"}
+        axes.plot(*zip(*off, strict=True), "D", **style)
     for name, value in references.items():
         axes.axhline(value, color=_FAINT, ls=":", lw=1.2)
         axes.annotate(
@@ -141,6 +156,45 @@ def plot_graph(axes: Axes, graph: KnowledgeGraph, *, max_nodes: int = 600) -> No
     size = 8 + 22 * np.log1p(hits[live]) / np.log1p(max(int(hits[live].max()), 1))
     dots = axes.scatter(*spots.T, c=experts, s=size, cmap="turbo", zorder=2, linewidths=0)
     axes.figure.colorbar(dots, ax=axes, label="expert")
+
+
+def plot_health(figure: Figure, records: Sequence[Mapping[str, Any]], report: GraphHealth) -> None:
+    """Draws hits and ages of the nodes, and the shares of `GraphHealth` now and through the run.
+
+    Args:
+        figure: to draw on.
+        records: of ``metrics.jsonl``; those with graph_health make the curves.
+        report: of the graph as it is, on the host.
+    """
+    figure.set_size_inches(9.0, 5.8)
+    (hits, ages), (through, now) = figure.subplots(2, 2)
+    _plot_bins(hits, np.asarray(report.hits_histogram), "Hits of a node", "items it stands for")
+    _plot_bins(ages, np.asarray(report.age_histogram), "Age of a node", "logical time")
+    past = [(r["step"], r["graph_health"]) for r in records if "graph_health" in r]
+    colours = ("#1f4e79", "#c0392b", "#d98e04", "#2e8b57", "#7d5ba6", "#5f6b76")
+    for name, colour in zip(_SHARES, colours, strict=True):
+        line = [(step, values[name]) for step, values in past]
+        if line:
+            through.plot(*zip(*line, strict=True), "o-", color=colour, ms=3, lw=1.2)
+    through.set_ylim(-0.02, 1.02)
+    _finish(through, "Shares through the run", "step", "share")
+    values = [float(getattr(report, name)) for name in _SHARES]
+    bars = now.barh(list(_SHARES.values()), values, color=colours)
+    now.bar_label(bars, [f"{value:.1%}" for value in values], padding=3, fontsize=7)
+    now.set_xlim(0, 1.3)
+    now.set_xticks([0, 0.5, 1])
+    now.invert_yaxis()
+    now.tick_params(axis="y", labelsize=7)
+    _finish(now, f"Shares now ({int(report.dead_edges)} dead edges)", "share", "")
+
+
+def _plot_bins(axes: Axes, counts: np.ndarray, title: str, x: str) -> None:
+    """Draws a histogram in powers of two, up to its last bin in use."""
+    used = int(np.flatnonzero(counts).max(initial=1)) + 1
+    axes.bar(np.arange(used), counts[:used], color=_INK)
+    names = ["0", *(f"{2**b:,}" if b < 10 else f"$2^{{{b}}}$" for b in range(used - 1))]
+    axes.set_xticks(np.arange(used), names, fontsize=7, rotation=0 if used < 9 else 45)
+    _finish(axes, title, f"{x} (from)", "nodes")
 
 
 def _finish(axes: Axes, title: str, x: str, y: str) -> None:

@@ -48,8 +48,10 @@ def test_a_run_folder_holds_config_metrics_checkpoints_and_plots(run):
     assert [r["step"] for r in records] == [2, 4, 6]
     wanted = {"loss", "load", "dropped_fraction", "graph_nodes", "tokens_per_second"}
     assert all(wanted <= r.keys() for r in records)
-    assert "eval_bits_per_byte" in records[-1]
-    assert {p.name for p in (run / "plots").iterdir()} == {"learning.png", "load.png", "graph.png"}
+    assert {"eval_bits_per_byte", "graph_health"} <= records[-1].keys()
+    assert "eval_bits_per_byte_memory_off" not in records[-1]  # this model reads no memory
+    plots = {"learning.png", "load.png", "graph.png", "health.png"}
+    assert {p.name for p in (run / "plots").iterdir()} == plots
     assert all(p.stat().st_size > 5000 for p in (run / "plots").iterdir())
     assert any((run / "checkpoints").iterdir())
 
@@ -88,7 +90,9 @@ def test_a_run_can_be_asked_through_faiss(run):
 
 def test_info_shows_the_run(monkeypatch, capsys, run):
     assert call(monkeypatch, "info", run) == 0
-    assert "6 of 6" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for part in ("6 of 6", "near-duplicates", "never read", "isolated", "dead edges"):
+        assert part in shown
 
 
 def test_a_source_that_changed_is_said_to_have_changed(monkeypatch, capsys, run, data):

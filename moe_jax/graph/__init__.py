@@ -9,10 +9,15 @@ from moe_jax.graph.cluster import ClusterLevel as ClusterLevel
 from moe_jax.graph.cluster import Communities as Communities
 from moe_jax.graph.cluster import cluster as cluster
 from moe_jax.graph.cluster import label_propagation as label_propagation
+from moe_jax.graph.digest import digest as digest
+from moe_jax.graph.digest import digest_hex as digest_hex
+from moe_jax.graph.digest import row_digest as row_digest
 from moe_jax.graph.evict import compact as compact
 from moe_jax.graph.evict import delete as delete
 from moe_jax.graph.evict import expire as expire
 from moe_jax.graph.evict import record_reads as record_reads
+from moe_jax.graph.health import GraphHealth as GraphHealth
+from moe_jax.graph.health import health as health
 from moe_jax.graph.link import link as link
 from moe_jax.graph.link import link_similar as link_similar
 from moe_jax.graph.probe import search_cells as search_cells

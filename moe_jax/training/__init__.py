@@ -5,6 +5,7 @@ from moe_jax.training.loop import TrainResult as TrainResult
 from moe_jax.training.loop import train as train
 from moe_jax.training.metrics import JsonLines as JsonLines
 from moe_jax.training.metrics import as_record as as_record
+from moe_jax.training.metrics import health_record as health_record
 from moe_jax.training.metrics import read_metrics as read_metrics
 from moe_jax.training.metrics import summarise_eval as summarise_eval
 from moe_jax.training.state import TrainState as TrainState

@@ -13,11 +13,11 @@ from moe_jax._types import Variables
 from moe_jax.checkpoint import Checkpoints, GraphCheckpoints
 from moe_jax.config import RunConfig
 from moe_jax.data import Batch, Corpus, held_out_batches, training_batches
-from moe_jax.graph import KnowledgeGraph
+from moe_jax.graph import KnowledgeGraph, health
 from moe_jax.lm import MoELanguageModel
-from moe_jax.training.metrics import JsonLines, as_record, summarise_eval
+from moe_jax.training.metrics import JsonLines, as_record, health_record, summarise_eval
 from moe_jax.training.state import TrainState, create_graph, create_state, make_optimizer
-from moe_jax.training.step import make_eval_step, make_train_step
+from moe_jax.training.step import EvalSums, make_eval_step, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TrainResult:
     Attributes:
         state: after the last step.
         graph: the knowledge graph.
-        evaluation: the last held-out evaluation, see `summarise_eval`.
+        evaluation: the last held-out evaluation, see `Evaluator`.
         seconds: wall time of the steps, compilation and evaluations included.
     """
 
@@ -101,7 +101,7 @@ def train(
             record["tokens_per_second"] = tokens / (now - last_logged)
             last_logged, logged_step = now, step
         if is_last or (c.eval_every and step % c.eval_every == 0):
-            evaluation = evaluate(state.params, graph)
+            evaluation = evaluate(state.params, graph, memory_off=is_last)
             record = {"step": step, **record, **evaluation}
             last_logged, logged_step = time.perf_counter(), step
         if record and directory is not None:
@@ -112,12 +112,12 @@ def train(
             on_step(step, record)
     keeper.close()
     if not evaluation:
-        evaluation = evaluate(state.params, graph)
+        evaluation = evaluate(state.params, graph, memory_off=True)
     return TrainResult(state, graph, evaluation, time.perf_counter() - began)
 
 
 class Evaluator:
-    """Held-out bits per byte, load and drops; compiled once, reused through a run.
+    """Held-out bits per byte, load, drops, and the graph's health; compiled once for a run.
 
     Args:
         model: the model.
@@ -138,6 +138,7 @@ class Evaluator:
     def __init__(self, model: MoELanguageModel, corpus: Corpus, config: RunConfig) -> None:
         c = config.training
         self._step = make_eval_step(model)
+        self._reads = config.model.moe.memory_read
         self._batches: list[Batch] = held_out_batches(
             corpus,
             batch_size=c.batch_size,
@@ -146,13 +147,35 @@ class Evaluator:
             context=c.eval_context,
         )
 
-    def __call__(self, params: Variables, graph: KnowledgeGraph) -> dict[str, Any]:
-        """Evaluates on the whole held-out sample."""
+    def __call__(
+        self, params: Variables, graph: KnowledgeGraph, *, memory_off: bool = False
+    ) -> dict[str, Any]:
+        """Evaluates on the whole held-out sample.
+
+        Args:
+            params: of the model.
+            graph: that the model reads.
+            memory_off: evaluate once more with nothing to read, where the model reads memory.
+
+        Returns:
+            What `summarise_eval` gives; graph_health, see `health_record`; and with `memory_off`
+            eval_bits_per_byte_memory_off.
+        """
+        record = summarise_eval(self._sums(params, graph))
+        record["graph_health"] = health_record(jax.device_get(health(graph)))
+        if memory_off and self._reads:
+            # The same shapes, so nothing is compiled again: no node is live, so none is found.
+            empty = graph._replace(is_live=jnp.zeros_like(graph.is_live))
+            off = summarise_eval(self._sums(params, empty))
+            record["eval_bits_per_byte_memory_off"] = off["eval_bits_per_byte"]
+        return record
+
+    def _sums(self, params: Variables, graph: KnowledgeGraph) -> EvalSums:
         total = None
         for batch in self._batches:
             sums = self._step(params, graph, jax.device_put(batch))
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        return summarise_eval(jax.device_get(total))
+        return jax.device_get(total)
 
 
 class _Keeper:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.graph import GraphHealth
 from moe_jax.training.step import EvalSums, Metrics
 
 
@@ -54,6 +55,24 @@ def summarise_eval(sums: EvalSums) -> dict[str, Any]:
         "eval_max_over_mean": (load.max(axis=-1) * load.shape[-1]).tolist(),
         "eval_dropped_fraction": (sums.dropped / max(float(sums.choices), 1.0)).tolist(),
     }
+
+
+def health_record(report: GraphHealth) -> dict[str, Any]:
+    """Turns a health report, already on the host, into plain values for one JSON line.
+
+    Args:
+        report: from `moe_jax.graph.health`, numpy arrays.
+
+    Returns:
+        The report's fields by name; histograms as lists of 32 counts.
+
+    Example:
+        >>> import jax
+        >>> from moe_jax.graph import KnowledgeGraph, health
+        >>> health_record(jax.device_get(health(KnowledgeGraph.create(4, 2))))["occupancy"]
+        0.0
+    """
+    return {name: np.asarray(value).tolist() for name, value in report._asdict().items()}
 
 
 class JsonLines:

@@ -1,36 +1,42 @@
-"""Checkpoints of runs and graphs: Orbax, atomic, the newest complete one wins.
+"""Rolling checkpoints of any pytree of arrays.
 
 A step is complete when its folder carries Orbax's commit time. What a killed process left behind
 has none and is never read.
 """
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from moe_jax.graph import KnowledgeGraph
-
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _COMMIT_FILE = "_CHECKPOINT_METADATA"
+_UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
 class CheckpointError(Exception):
     """A checkpoint is absent, damaged or of another format; the message is one line."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint was saved to the end and cannot be read back."""
+
+
 class Checkpoints:
     """Rolling checkpoints of a pytree with a JSON note, in one folder.
 
     Saving is asynchronous: arrays are copied off the device before `save` returns, and written
-    in the background. Each save appears whole or not at all.
+    in the background. Each save appears whole or not at all, and older ones go only once it is
+    there. What a killed process left unfinished is removed at the first save.
 
     Args:
         directory: created when absent.
         keep: how many are kept.
+        also_keep: gives, for a step that is kept, the older steps that it cannot be read without.
 
     Example:
         >>> import tempfile, jax.numpy as jnp
@@ -43,26 +49,47 @@ class Checkpoints:
         (7, [1.0, 1.0], 0)
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 3) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 3,
+        also_keep: Callable[[int], Sequence[int]] | None = None,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
         self.directory = Path(directory).absolute()
-        self._keep = keep
+        self._policy = _Newest(keep, also_keep or (lambda step: ()))
         self._manager: ocp.CheckpointManager | None = None
+        self._is_swept = False
 
     def save(self, step: int, tree: Any, note: Mapping[str, Any] | None = None) -> None:
         """Saves `tree` as `step`; a step that is already there complete is left as it is.
 
         Args:
-            step: at least 0.
+            step: at least 0, and above all that are there.
             tree: arrays.
             note: plain values, kept beside the arrays.
+
+        Raises:
+            CheckpointError: a later step is there.
         """
         if step in complete_steps(self.directory):
             return
+        if not self._is_swept:
+            # Only who saves may sweep: a reader could meet a save of another process.
+            for remains in self.directory.glob(_UNFINISHED):
+                shutil.rmtree(remains, ignore_errors=True)
+            self._is_swept = True
         args = ocp.args.Composite(
             tree=ocp.args.StandardSave(tree),
             note=ocp.args.JsonSave({**(note or {}), "format_version": FORMAT_VERSION}),
         )
-        self._open().save(step, args=args)
+        if not self._open().save(step, args=args):
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} cannot be saved after step "
+                f"{self._open().latest_step()}"
+            )
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
         """Restores the newest complete step, or a given one.
@@ -76,7 +103,8 @@ class Checkpoints:
             (step, tree, note).
 
         Raises:
-            CheckpointError: there is none, it is damaged, of another format, or of other shapes.
+            CheckpointError: there is none, it is of another format or of other shapes.
+            DamagedError: it cannot be read.
         """
         step = self._wanted(step)
         note = self.note(step)
@@ -93,6 +121,8 @@ class Checkpoints:
         """
         step = self._wanted(step)
         note = self._read(step, ocp.args.Composite(note=ocp.args.JsonRestore())).note
+        if not isinstance(note, dict):
+            raise DamagedError(f"checkpoint {self.directory / str(step)} has no note")
         version = note.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise CheckpointError(
@@ -105,17 +135,22 @@ class Checkpoints:
         """The newest complete step, or None."""
         return max(complete_steps(self.directory), default=None)
 
-    def close(self) -> None:
-        """Waits until everything is on disk."""
+    def wait(self) -> None:
+        """Waits until everything saved so far is on disk."""
         if self._manager is not None:
             self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits until everything is on disk, and lets go of the folder."""
+        if self._manager is not None:
+            self.wait()
             self._manager.close()
             self._manager = None
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
+            options = ocp.CheckpointManagerOptions(preservation_policy=self._policy, create=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
@@ -134,73 +169,26 @@ class Checkpoints:
     def _read(self, step: int, args: ocp.args.Composite) -> Any:
         try:
             return self._open().restore(step, args=args)
-        except CheckpointError:
-            raise
         except Exception as error:  # Orbax raises many kinds; all mean the same to the caller.
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
+            raise DamagedError(
                 f"checkpoint {self.directory / str(step)} cannot be read: "
                 f"{type(error).__name__}: {reason}"
             ) from error
 
 
-class GraphCheckpoints:
-    """Rolling checkpoints of a knowledge graph, one every so many node updates.
+class _Newest:
+    """Orbax's rule of what stays: the newest steps, and those that they cannot do without."""
 
-    Args:
-        directory: created when absent.
-        interval: node updates (creations and merges) between two saves.
-        keep: how many are kept.
+    def __init__(self, keep: int, also_keep: Callable[[int], Sequence[int]]) -> None:
+        self._keep, self._also_keep = keep, also_keep
 
-    Example:
-        >>> import tempfile, jax.numpy as jnp
-        >>> from moe_jax.graph import insert
-        >>> graph, _ = insert(KnowledgeGraph.create(8, 2), jnp.eye(2))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     rolling = GraphCheckpoints(folder, interval=2)
-        ...     saved = rolling.maybe_save(graph), rolling.maybe_save(graph)
-        ...     rolling.close()
-        ...     back = GraphCheckpoints(folder).restore(KnowledgeGraph.create(8, 2))
-        >>> saved, int(back.num_live)
-        ((True, False), 2)
-    """
-
-    def __init__(self, directory: str | Path, *, interval: int = 1000, keep: int = 5) -> None:
-        if interval <= 0:
-            raise ValueError(f"interval must be positive, got {interval}")
-        self._interval = interval
-        self._checkpoints = Checkpoints(directory, keep=keep)
-        self._last = self._checkpoints.latest() or 0
-
-    def maybe_save(self, graph: KnowledgeGraph) -> bool:
-        """Saves when at least `interval` updates came since the last save.
-
-        Reads one number from the device: call it between steps, not inside one.
-
-        Returns:
-            Whether it saved.
-        """
-        updates = int(jax.device_get(graph.num_updates))
-        if updates - self._last < self._interval:
-            return False
-        self._checkpoints.save(updates, graph)
-        self._last = updates
-        return True
-
-    def restore(self, like: KnowledgeGraph) -> KnowledgeGraph:
-        """Restores the newest complete graph.
-
-        Args:
-            like: a graph of the same size, for shapes and shardings.
-
-        Raises:
-            CheckpointError: there is none, or it is damaged or of another size.
-        """
-        return self._checkpoints.restore(like)[1]
-
-    def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._checkpoints.close()
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Whether each checkpoint stays, in the given order."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        newest = sorted(steps)[-self._keep :]
+        stays = {*newest, *(older for step in newest for older in self._also_keep(step))}
+        return [step in stays for step in steps]
 
 
 def complete_steps(directory: str | Path) -> list[int]:
@@ -217,10 +205,23 @@ def complete_steps(directory: str | Path) -> list[int]:
         []
     """
     directory = Path(directory)
+    return [step for step in all_steps(directory) if _is_committed(directory / str(step))]
+
+
+def all_steps(directory: str | Path) -> list[int]:
+    """Steps in a folder that have their name, complete or not, ascending.
+
+    Args:
+        directory: of the checkpoints; may be absent.
+
+    Returns:
+        The steps.
+    """
+    directory = Path(directory)
     if not directory.is_dir():
         return []
     names = (child.name for child in directory.iterdir() if child.is_dir())
-    return sorted(int(n) for n in names if n.isdigit() and _is_committed(directory / n))
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _is_committed(step: Path) -> bool:
