@@ -1,10 +1,15 @@
 """The knowledge graph: a fixed-size memory that lives on the device."""
 
+from moe_jax.graph.link import SEMANTIC as SEMANTIC
+from moe_jax.graph.link import TEMPORAL as TEMPORAL
+from moe_jax.graph.link import USER as USER
 from moe_jax.graph.link import link as link
 from moe_jax.graph.link import link_similar as link_similar
+from moe_jax.graph.link_stream import StreamTail as StreamTail
+from moe_jax.graph.link_stream import link_stream as link_stream
+from moe_jax.graph.neighbours import Neighbours as Neighbours
+from moe_jax.graph.neighbours import neighbours as neighbours
 from moe_jax.graph.query import Hits as Hits
-from moe_jax.graph.query import Neighbours as Neighbours
-from moe_jax.graph.query import neighbours as neighbours
 from moe_jax.graph.query import search as search
 from moe_jax.graph.state import FOREVER as FOREVER
 from moe_jax.graph.state import KnowledgeGraph as KnowledgeGraph

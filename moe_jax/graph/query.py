@@ -1,4 +1,4 @@
-"""Read a knowledge graph: search by cosine, and follow edges."""
+"""Read a knowledge graph: search by cosine."""
 
 import functools
 from typing import NamedTuple
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.graph._arguments import ids, is_live_at, per_row, vectors
+from moe_jax.graph._arguments import per_row, vectors
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops.nearest import nearest
 from moe_jax.ops.similarity import normalize
 from moe_jax.ops.top_k import top_k
 
-__all__ = ["Hits", "Neighbours", "neighbours", "search"]
+__all__ = ["Hits", "search"]
 
 
 class Hits(NamedTuple):
@@ -29,24 +29,6 @@ class Hits(NamedTuple):
     ids: Int[Array, "Q k"]
     scores: Float[Array, "Q k"]
     is_valid: Bool[Array, "Q k"]
-
-
-class Neighbours(NamedTuple):
-    """The edges out of R nodes, by slot.
-
-    Attributes:
-      ids: int32 [R, M], node ids at the other ends, N where there is no edge.
-      weight: float32 [R, M], 0 where there is no edge.
-      kind: int32 [R, M], 0 where there is no edge.
-      time: int32 [R, M], logical time of the last write, 0 where there is no edge.
-      is_valid: bool [R, M].
-    """
-
-    ids: Int[Array, "R M"]
-    weight: Float[Array, "R M"]
-    kind: Int[Array, "R M"]
-    time: Int[Array, "R M"]
-    is_valid: Bool[Array, "R M"]
 
 
 def search(
@@ -130,35 +112,3 @@ def _search(
         scores, ids = top_k(jnp.where(is_candidate, rough, -jnp.inf), k)
     is_hit = (scores > -jnp.inf) & (scores >= threshold)
     return Hits(jnp.where(is_hit, ids, keys.shape[0]), jnp.where(is_hit, scores, 0.0), is_hit)
-
-
-def neighbours(graph: KnowledgeGraph, node_id: ArrayLike) -> Neighbours:
-    """The edges out of nodes, in slot order.
-
-    Args:
-      graph: the graph.
-      node_id: [R] integers; an id out of range or of a free slot has no edges.
-
-    Returns:
-      `Neighbours` of shape [R, M].
-
-    Raises:
-      ValueError: if node_id is not a list of integers.
-
-    Example:
-      >>> graph, _ = insert(KnowledgeGraph.create(4, 2, num_edge_slots=2), jnp.eye(2))
-      >>> graph, _ = link(graph, jnp.array([0]), jnp.array([1]), weight=0.5)
-      >>> neighbours(graph, jnp.array([0, 1])).ids.tolist()
-      [[1, 4], [4, 4]]
-    """
-    node_id = ids("node_id", node_id)
-    row = jnp.clip(node_id, 0, graph.num_nodes - 1)
-    target = graph.edge_target[row]
-    is_edge = is_live_at(graph, node_id)[:, None] & is_live_at(graph, target)
-    return Neighbours(
-        ids=jnp.where(is_edge, target, graph.num_nodes),
-        weight=jnp.where(is_edge, graph.edge_weight[row], 0.0),
-        kind=jnp.where(is_edge, graph.edge_kind[row], 0),
-        time=jnp.where(is_edge, graph.edge_time[row], 0),
-        is_valid=is_edge,
-    )
