@@ -170,7 +170,9 @@ class MoESystem(nn.Module):
     ) -> tuple[KnowledgeGraph, InsertInfo]:
         """Inserts the librarian's proposals and links what was written to its like.
 
-        All proposals of one call carry the same time, one tick after the graph's clock.
+        All proposals of one call carry the same time, one tick after the graph's clock. With
+        `kg_link_stream`, reports of one document (the first column of their source) are linked
+        in the order of their offsets (the second).
 
         Args:
             graph: the graph before.
@@ -193,13 +195,20 @@ class MoESystem(nn.Module):
             merge_threshold=c.kg_merge_threshold,
             merge_rule=c.kg_merge_rule,
         )
+        is_stored = info.created | info.merged
         graph, _ = kg.link_similar(
             graph,
             info.node_id,
             k=c.kg_link_top_k,
             threshold=c.kg_link_threshold,
-            is_valid=info.created | info.merged,
+            symmetric=c.kg_link_symmetric,
+            is_valid=is_stored,
         )
+        if c.kg_link_stream:
+            document, offset = proposals.source[:, 0], proposals.source[:, 1]
+            graph, _, _ = kg.link_stream(
+                graph, info.node_id, document, position=offset, is_valid=is_stored & (document >= 0)
+            )
         return graph, info
 
     def inference_step(
