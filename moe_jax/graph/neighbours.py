@@ -90,15 +90,15 @@ def neighbours(
 def is_edge(
     graph: KnowledgeGraph,
     row: Int[Array, "*R"],
-    kind: Int[Array, "*R"] | None,
-    as_of: Int[Array, "*R"] | None,
+    kind: Int[Array, "*F"] | None,
+    as_of: Int[Array, "*F"] | None,
 ) -> Bool[Array, "*R M"]:
     """Which slots of nodes hold an edge to a live node that the filters let through.
 
     Args:
       graph: the graph.
       row: int32 [...], node ids in range.
-      kind: int32 [...] or None, as for `neighbours`.
+      kind: int32 [...] or None, as for `neighbours`; axes of length 1 are broadcast.
       as_of: int32 [...] or None, likewise.
 
     Returns:
