@@ -207,13 +207,11 @@ def walk(
       [[0.0, 0.25]]
     """
     edges, start = jax.lax.stop_gradient((edges, start))
-    start = jnp.where(edges.is_live[None, :] & (start > 0.0) & jnp.isfinite(start), start, 0.0)
-    start = start.T
-    largest = jnp.max(start, axis=0, keepdims=True, initial=0.0)
-    start = start * _inverse(largest)
-    start = _rounded(start * _inverse(_sum_first(_rounded(start))))
+    start = jnp.where(edges.is_live[None, :] & jnp.isfinite(start), start, 0.0)
+    start = jnp.clip(start, 0.0, 1e28).T  # so that no sum overflows
+    start = _rounded(start * _inverse(_sum_first(start)))
 
-    def step(_: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def step(_: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         rank, missing, arriving = state
         stuck = _sum_first(jnp.where(edges.is_dangling[:, None], arriving, 0.0))
         arriving = _arrivals(edges, arriving) + _rounded(stuck * start)
@@ -250,8 +248,12 @@ def _inverse(x: Float[Array, "1 Q"]) -> Float[Array, "1 Q"]:
 
 
 def _rounded(x: Float[Array, "N Q"]) -> Float[Array, "N Q"]:
-    """A product that is not fused with the addition after it, which would round it or not."""
-    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=23)
+    """A product that is rounded here, and not, or not at all, by fusing it with an addition.
+
+    Compilers fuse in some shapes only. They see through a barrier and through rounding to all 23
+    bits of a float32, so one bit is given up.
+    """
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=22)
 
 
 def _sum_first(x: Float[Array, "N Q"]) -> Float[Array, "1 Q"]:

@@ -76,7 +76,5 @@ AWKWARD = [
     pytest.param(by_hand({(0, 1): 1.0, (1, 0): 1.0}), id="two nodes pointing at each other"),
     pytest.param(KnowledgeGraph.create(NUM_NODES, DIM, num_edge_slots=NUM_EDGE_SLOTS), id="empty"),
     pytest.param(_full(), id="full"),
-    pytest.param(
-        by_hand({(0, 0): 1.0, (0, 1): 1.0, (1, 1): 1.0, (2, 2): 0.5}), id="self-loops"
-    ),
+    pytest.param(by_hand({(0, 0): 1.0, (0, 1): 1.0, (1, 1): 1.0, (2, 2): 0.5}), id="self-loops"),
 ]
