@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Float, Int
 from moe_jax.graph._arguments import vectors
-from moe_jax.graph.pagerank import IncomingEdges, incoming_edges, seed_weights, walk
+from moe_jax.graph.pagerank import IncomingEdges, incoming_edges, rounded, seed_weights, walk
 from moe_jax.graph.query import Hits, search
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops.similarity import exact_cosine_pairs, normalize
@@ -65,7 +65,7 @@ def retrieve(
       >>> graph, _ = insert(KnowledgeGraph.create(4, 3), jnp.eye(3))
       >>> graph, _ = link(graph, jnp.array([0]), jnp.array([2]), weight=1.0)
       >>> retrieve(graph, jnp.array([[1.0, 0.1, 0.0]]), k=2).ids.tolist()
-      [[0, 2]]
+      [[2, 0]]
     """
     queries = normalize(vectors("queries", queries, graph.dim))
     if not 1 <= k <= graph.num_nodes:
@@ -110,7 +110,7 @@ def _retrieve(
     iterations: int,
 ) -> Hits:
     nowhere = keys.shape[0]
-    weight = jnp.maximum(found.scores[:, :seeds], 0.0) ** sharpness
+    weight = rounded(jnp.maximum(found.scores[:, :seeds], 0.0) ** sharpness)
     start = seed_weights(found.ids[:, :seeds], weight, nowhere)
     received = walk(edges, start, damping=damping, steps=iterations, counts_start=False)
     most, reached = top_k(received, min(k + seeds, nowhere))
@@ -120,9 +120,9 @@ def _retrieve(
     received = jnp.take_along_axis(received, at, axis=1)
     chosen = jax.lax.stop_gradient(keys)[at]
     cosine = exact_cosine_pairs(jnp.broadcast_to(queries[:, None, :], chosen.shape), chosen)
-    spread = received / jnp.maximum(most[:, :1], jnp.finfo(jnp.float32).tiny)
+    spread = received * (1.0 / jnp.maximum(most[:, :1], jnp.finfo(jnp.float32).tiny))
     mix = jnp.asarray(mix, jnp.float32)
-    score = mix * spread + (1.0 - mix) * cosine
+    score = rounded(mix * rounded(spread)) + rounded((1.0 - mix) * cosine)
     return _best(node, score, received, k, nowhere)
 
 
