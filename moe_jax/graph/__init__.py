@@ -1,5 +1,7 @@
 """The knowledge graph: a fixed-size memory that lives on the device."""
 
+from moe_jax.graph.incoming import IncomingEdges as IncomingEdges
+from moe_jax.graph.incoming import incoming_edges as incoming_edges
 from moe_jax.graph.link import SEMANTIC as SEMANTIC
 from moe_jax.graph.link import TEMPORAL as TEMPORAL
 from moe_jax.graph.link import USER as USER
@@ -9,8 +11,6 @@ from moe_jax.graph.link_stream import StreamTail as StreamTail
 from moe_jax.graph.link_stream import link_stream as link_stream
 from moe_jax.graph.neighbours import Neighbours as Neighbours
 from moe_jax.graph.neighbours import neighbours as neighbours
-from moe_jax.graph.pagerank import IncomingEdges as IncomingEdges
-from moe_jax.graph.pagerank import incoming_edges as incoming_edges
 from moe_jax.graph.pagerank import pagerank as pagerank
 from moe_jax.graph.paths import Path as Path
 from moe_jax.graph.paths import Paths as Paths

@@ -8,7 +8,8 @@ from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Float, Int
 from moe_jax.graph._arguments import vectors
-from moe_jax.graph.pagerank import IncomingEdges, incoming_edges, rounded, seed_weights, walk
+from moe_jax.graph.incoming import IncomingEdges, incoming_edges
+from moe_jax.graph.pagerank import rounded, seed_weights, walk
 from moe_jax.graph.query import Hits, search
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops.similarity import exact_cosine_pairs, normalize

@@ -27,7 +27,7 @@ from moe_jax.graph import (
 )
 
 MODULES = ["state", "update", "link", "link_stream", "query", "neighbours"]
-MODULES += ["traverse", "paths", "pagerank", "retrieve"]
+MODULES += ["traverse", "paths", "incoming", "pagerank", "retrieve"]
 
 
 @pytest.fixture(scope="module")
