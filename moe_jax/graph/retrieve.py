@@ -37,8 +37,8 @@ def retrieve(
 
     A search by cosine finds the seeds. Personalised PageRank starts from them, in proportion to
     cosine ** sharpness, and spreads along the edges. What a node received along edges, divided by
-    the most that any node received, is its spread; nodes are ranked by
-    `mix * spread + (1 - mix) * cosine`. (After Gutiérrez et al. 2024, HippoRAG, which spreads over
+    the most that any node received, is its spread. The max(k, seeds) nodes of the best cosine and
+    the k + seeds that received most are ranked by `mix * spread + (1 - mix) * cosine`. (After Gutiérrez et al. 2024, HippoRAG, which spreads over
     entities; here the nodes themselves are linked.)
 
     Args:
@@ -81,6 +81,10 @@ def retrieve(
         raise ValueError(f"sharpness must be positive, got {sharpness}")
     if isinstance(mix, (int, float)) and not 0.0 <= mix <= 1.0:
         raise ValueError(f"mix must be between 0 and 1, got {mix}")
+    if edges is not None and edges.is_live.shape[0] != graph.num_nodes:
+        raise ValueError(
+            f"edges must be of a graph of {graph.num_nodes} nodes, got {edges.is_live.shape[0]}"
+        )
     if edges is None:
         edges = incoming_edges(graph, kind=kind, as_of=as_of)
     seeds = min(seeds, graph.num_nodes)
@@ -115,7 +119,6 @@ def _retrieve(
     start = seed_weights(found.ids[:, :seeds], weight, nowhere)
     received = walk(edges, start, damping=damping, steps=iterations, counts_start=False)
     most, reached = top_k(received, min(k + seeds, nowhere))
-    # Whatever is in neither list has k nodes ahead of it in both terms of its score.
     node = jnp.concatenate([found.ids, jnp.where(most > 0.0, reached, nowhere)], axis=1)
     at = jnp.minimum(node, nowhere - 1)
     received = jnp.take_along_axis(received, at, axis=1)
@@ -123,7 +126,7 @@ def _retrieve(
     cosine = exact_cosine_pairs(jnp.broadcast_to(queries[:, None, :], chosen.shape), chosen)
     spread = received * (1.0 / jnp.maximum(most[:, :1], jnp.finfo(jnp.float32).tiny))
     mix = jnp.asarray(mix, jnp.float32)
-    score = rounded(mix * rounded(spread)) + rounded((1.0 - mix) * cosine)
+    score = cosine + rounded(mix * (rounded(spread) - cosine))
     return _best(node, score, received, k, nowhere)
 
 

@@ -13,6 +13,7 @@ import moe_jax.graph
 from moe_jax.graph import (
     KnowledgeGraph,
     StreamTail,
+    incoming_edges,
     insert,
     k_hop,
     link,
@@ -111,6 +112,10 @@ WRONG = [
     (lambda g: retrieve(g, ROW, -1), "k must be between 1 and 8.*got -1"),
     (lambda g: retrieve(g, ROW, 9), "k must be between 1 and 8.*got 9"),
     (lambda g: retrieve(g, ROW[0], 1), r"queries must have shape \[rows, 4\].*got \(4,\)"),
+    (
+        lambda g: retrieve(g, ROW, 1, edges=incoming_edges(KnowledgeGraph.create(3, 4))),
+        "edges must be of a graph of 8 nodes, got 3",
+    ),
     (lambda g: retrieve(g, ROW, 1, seeds=0), "seeds must be at least 1, got 0"),
     (lambda g: retrieve(g, ROW, 1, mix=1.5), "mix must be between 0 and 1, got 1.5"),
     (lambda g: retrieve(g, ROW, 1, damping=-0.1), "damping must be at least 0.*got -0.1"),

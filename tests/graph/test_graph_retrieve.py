@@ -34,7 +34,8 @@ def slow_retrieve(graph, query, k, seeds, mix):
         arriving = 0.5 * moved
         received += arriving
     most = received.max() or 1.0
-    nodes = set(listed) | set(np.flatnonzero(received).tolist())
+    reached = np.argsort(-received, kind="stable")[: k + seeds]
+    nodes = set(listed) | set(reached[received[reached] > 0].tolist())
     score = {n: mix * received[n] / most + (1 - mix) * cosine[n] for n in nodes}
     return dict(sorted(score.items(), key=lambda item: -item[1])[:k])
 
