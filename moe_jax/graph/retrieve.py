@@ -38,8 +38,8 @@ def retrieve(
     A search by cosine finds the seeds. Personalised PageRank starts from them, in proportion to
     cosine ** sharpness, and spreads along the edges. What a node received along edges, divided by
     the most that any node received, is its spread. The max(k, seeds) nodes of the best cosine and
-    the k + seeds that received most are ranked by `mix * spread + (1 - mix) * cosine`. (After Gutiérrez et al. 2024, HippoRAG, which spreads over
-    entities; here the nodes themselves are linked.)
+    the k + seeds that received most are ranked by `mix * spread + (1 - mix) * cosine`. (After
+    Gutiérrez et al. 2024, HippoRAG, which spreads over entities; here the nodes are linked.)
 
     Args:
       graph: the graph.
