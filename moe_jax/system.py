@@ -172,7 +172,9 @@ class MoESystem(nn.Module):
         """Inserts the librarian's proposals and links what was written to its like.
 
         All proposals of one call carry the same time, one tick after the graph's clock. Nodes
-        that have outlived `kg_ttl` are deleted before links are made.
+        that have outlived `kg_ttl` are deleted before links are made. With `kg_link_stream`,
+        reports of one document (the first column of their source) are linked in the order of
+        their offsets (the second).
 
         Args:
             graph: the graph before.
@@ -203,8 +205,18 @@ class MoESystem(nn.Module):
             info.node_id,
             k=c.kg_link_top_k,
             threshold=c.kg_link_threshold,
+            symmetric=c.kg_link_symmetric,
             is_valid=info.is_current,
         )
+        if c.kg_link_stream:
+            document, offset = proposals.source[:, 0], proposals.source[:, 1]
+            graph, _, _ = kg.link_stream(
+                graph,
+                info.node_id,
+                document,
+                position=offset,
+                is_valid=info.is_current & (document >= 0),
+            )
         return graph, info
 
     def inference_step(

@@ -135,16 +135,17 @@ class Graph:
             outcomes.append(self.insert_one(**item))
         return outcomes
 
-    def link_one(self, source, target, weight, kind, time, on_duplicate):
+    def link_one(self, source, target, weight, kind, time, on_duplicate, start=0, end=FOREVER):
+        """Whether the edge was written."""
         if source == target or source not in self.nodes or target not in self.nodes:
             return False
         if weight is None:
             weight = cosine(self.nodes[source]["key"], self.nodes[target]["key"])
-        if not np.isfinite(weight):
+        if not np.isfinite(weight) or kind < 0 or start > end:
             return False
         row = self.edges[source]
         new = {"target": target, "weight": weight, "kind": kind, "time": time}
-        new.update(start=0, end=FOREVER)
+        new.update(start=start, end=end)
         for slot, edge in enumerate(row):
             is_same = edge is not None and (edge["target"], edge["kind"]) == (target, kind)
             if is_same and on_duplicate == "update":
@@ -159,20 +160,38 @@ class Graph:
             return True
         return False
 
-    def link_similar(self, node_id, queries, k, threshold, on_duplicate):
+    def link(self, edges, symmetric, on_duplicate):
+        """How many of a list of (source, target, weight, kind, time[, start, end]) were written."""
+        count = 0
+        for source, target, weight, kind, time, *valid in edges:
+            count += self.link_one(source, target, weight, kind, time, on_duplicate, *valid)
+            if symmetric:
+                count += self.link_one(target, source, weight, kind, time, on_duplicate, *valid)
+        return count
+
+    def link_similar(self, node_id, queries, k, threshold, on_duplicate, symmetric=False):
         """How many edges were written; `queries` may be None."""
-        count, wanted = 0, []
+        wanted = []
         for i, source in enumerate(node_id):
-            if source not in self.nodes:
+            if source not in self.nodes or (queries is None and source in node_id[:i]):
                 continue
             unit = self.nodes[source]["key"] if queries is None else normalize(queries[i])
             found = (
                 [] if unit is None else self.search(unit, k, threshold, lambda n, s=source: n != s)
             )
-            wanted += [(source, n, score) for n, score in found]
-        for source, target, score in wanted:
-            count += self.link_one(source, target, score, 0, self.clock, on_duplicate)
-        return count
+            wanted += [(source, n, score, 0, self.clock) for n, score in found]
+        return self.link(wanted, symmetric, on_duplicate)
+
+    def link_stream(self, node_id, stream, position, weight, is_valid, tail, num_carried):
+        """How many edges were written; tail, a dict from stream to node, goes on."""
+        wanted, last = [], dict(tail)
+        for i in sorted(range(len(node_id)), key=lambda i: (stream[i], position[i], i)):
+            if is_valid[i] and node_id[i] in self.nodes:
+                if stream[i] in last:
+                    wanted.append((last[stream[i]], node_id[i], weight[i], 1, self.clock))
+                last[stream[i]] = node_id[i]
+        tail.update((s, node) for s, node in last.items() if 0 <= s < num_carried)
+        return self.link(wanted, False, "update")
 
     def search(self, unit, k, threshold=-1.0, accept=lambda slot: True):
         scored = [(-cosine(unit, self.nodes[n]["key"]), n) for n in self.nodes if accept(n)]

@@ -13,7 +13,9 @@ from random_variables import random_variables
 from moe_jax import KnowledgeGraph, MoESystem
 from moe_jax.config import tiny
 from moe_jax.experts import EXPERTS
+from moe_jax.graph import TEMPORAL, neighbours
 from moe_jax.interop.faiss import FaissIndex
+from moe_jax.librarian import Proposals
 from moe_jax.ops import normalize
 from moe_jax.system import search_reports
 
@@ -150,6 +152,26 @@ def test_a_step_writes_what_the_librarian_kept():
     documents = np.asarray(graph.source)[live]
     assert np.all(documents[:, 1] // 100 == documents[:, 0])
     assert np.all(documents[:, 1] % 100 < S)
+
+
+def test_a_write_links_the_reports_of_a_document():
+    system = system_of(kg_link_stream=True, kg_link_threshold=1.0, kg_link_symmetric=True)
+    rows = 5
+    proposals = Proposals(
+        key=jnp.eye(8)[:rows],
+        value=jnp.eye(8)[:rows],
+        confidence=jnp.ones(rows),
+        expert_id=jnp.zeros(rows, jnp.int32),
+        source=jnp.array([[3, 9], [-1, 0], [3, 2], [4, 1], [3, 4]]),
+        weight=jnp.ones(rows, jnp.int32),
+        leader=jnp.arange(rows),
+        is_kept=jnp.ones(rows, bool),
+    )
+    graph, info = jax.jit(system.write)(system.create_graph(), proposals)
+    edges = neighbours(graph, info.node_id, kind=TEMPORAL)
+    nowhere = graph.num_nodes
+    np.testing.assert_array_equal(edges.ids[:, 0], [nowhere, nowhere, 4, nowhere, 0])
+    assert not np.any(edges.is_valid[:, 1:])
 
 
 def test_five_steps_stay_on_the_device_and_are_traced_once():

@@ -63,6 +63,8 @@ class MoEConfig(Config):
             never. A write is one tick.
         kg_link_top_k: how many similar nodes a written node is linked to.
         kg_link_threshold: least cosine of such a link.
+        kg_link_symmetric: link back as well.
+        kg_link_stream: link each report to the next one of its document in the same write.
         kg_checkpoint_dir: folder of the graph's rolling checkpoints; None for none.
         kg_save_interval: node updates between two of them.
         kg_checkpoints_kept: how many are kept.
@@ -114,6 +116,8 @@ class MoEConfig(Config):
     kg_ttl: int = 0
     kg_link_top_k: int = 5
     kg_link_threshold: float = 0.3
+    kg_link_symmetric: bool = False
+    kg_link_stream: bool = False
     kg_checkpoint_dir: str | None = None
     kg_save_interval: int = 1000
     kg_checkpoints_kept: int = 5

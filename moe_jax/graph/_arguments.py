@@ -1,12 +1,14 @@
 """Checks and conversions of arguments, shared by the functions on a knowledge graph."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Dtype, Int
 from moe_jax.graph.state import KnowledgeGraph
 
-__all__ = ["check_choice", "ids", "is_live_at", "per_row", "vectors"]
+__all__ = ["check_choice", "ids", "is_live_at", "per_row", "scalar", "vectors", "whole_number"]
 
 
 def vectors(name: str, value: ArrayLike, dim: int) -> Array:
@@ -32,12 +34,12 @@ def per_row(
     shape = (rows, *tail)
     if value is None:
         return jnp.full(shape, default, dtype)
-    value = jnp.asarray(value)
+    value = _array(name, value, dtype)
     if value.shape == tail:
         value = jnp.broadcast_to(value[None], shape)
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
-    return value.astype(dtype)
+    return value
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -48,12 +50,43 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def ids(name: str, value: ArrayLike) -> Int[Array, "R"]:
     """The argument as an int32 [R] array; ValueError where it is not a list of integers."""
+    shape, dtype = np.shape(value), getattr(value, "dtype", np.asarray(value).dtype)
+    if shape == (0,) and not hasattr(value, "dtype"):
+        return jnp.zeros(0, jnp.int32)
+    if len(shape) != 1 or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name} must be a list of integers, got shape {shape} and dtype {dtype}")
+    return _array(name, value, jnp.int32)
+
+
+def scalar(name: str, value: ArrayLike, dtype: Dtype) -> Array:
+    """The argument as a scalar array; ValueError where it has an axis."""
+    if np.shape(value) != ():
+        raise ValueError(f"{name} must be a scalar, got shape {np.shape(value)}")
+    return _array(name, value, dtype)
+
+
+def whole_number(name: str, value: int, low: int, high: int, what: str = "") -> int:
+    """The argument as an int; ValueError unless it is a whole number in [low, high]."""
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_whole or not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}{what}, got {value!r}")
+    return int(value)
+
+
+def _array(name: str, value: ArrayLike, dtype: Dtype) -> Array:
+    """The argument as an array; ValueError where integers would wrap or fractions be cut off."""
+    if jnp.issubdtype(dtype, jnp.integer) and not isinstance(value, jax.Array):
+        given = np.asarray(value)
+        if jnp.issubdtype(given.dtype, jnp.floating) and given.size:
+            raise ValueError(f"{name} must be of integers, got dtype {given.dtype}")
+        bounds = jnp.iinfo(dtype)
+        if given.size and (given.min() < bounds.min or given.max() > bounds.max):
+            wrong = given.max() if given.max() > bounds.max else given.min()
+            raise ValueError(f"{name} must fit {jnp.dtype(dtype).name}, got {wrong}")
     value = jnp.asarray(value)
-    if value.ndim != 1 or not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ValueError(
-            f"{name} must be a list of integers, got shape {value.shape} and dtype {value.dtype}"
-        )
-    return value.astype(jnp.int32)
+    if jnp.issubdtype(dtype, jnp.integer) and jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{name} must be of integers, got dtype {value.dtype}")
+    return value.astype(dtype)
 
 
 def is_live_at(graph: KnowledgeGraph, node_id: Int[Array, "*R"]) -> Bool[Array, "*R"]:

@@ -176,7 +176,8 @@ def store(
         speaks, is_last = _speakers(graph, items, node_id)
         at_speaker = jnp.where(speaks, node_id, nowhere)
         at_last = jnp.where(is_last, node_id, nowhere)
-    hits = graph.hits.at[at_new].set(0, mode="drop")
+    before = graph.hits.at[at_new].set(0, mode="drop")
+    hits = before.at[node_id].add(items.weight, mode="drop")
 
     def speak(field: Array, value: Array) -> Array:
         return field.at[at_speaker].set(value, mode="drop")
@@ -186,7 +187,7 @@ def store(
         is_live=graph.is_live.at[at_new].set(True, mode="drop"),
         created=graph.created.at[at_new].set(items.time, mode="drop"),
         updated=graph.updated.at[at_last].set(items.time, mode="drop"),
-        hits=hits.at[node_id].add(items.weight, mode="drop"),
+        hits=jnp.where(hits < before, jnp.iinfo(jnp.int32).max, hits),  # it has wrapped
         reads=graph.reads.at[at_new].set(0, mode="drop"),
         value=speak(graph.value, items.value),
         confidence=speak(graph.confidence, items.confidence),

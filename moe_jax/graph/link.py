@@ -8,11 +8,19 @@ from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.graph._arguments import check_choice, ids, is_live_at, per_row, vectors
-from moe_jax.graph.state import KnowledgeGraph
+from moe_jax.graph._edges import Edges, write_edges, write_rows
+from moe_jax.graph.state import FOREVER, KnowledgeGraph
 from moe_jax.ops.nearest import nearest
 from moe_jax.ops.similarity import exact_cosine_pairs, normalize
 
-__all__ = ["link", "link_similar"]
+__all__ = ["SEMANTIC", "TEMPORAL", "USER", "link", "link_similar"]
+
+SEMANTIC = 0
+"""The kind of an edge between nodes that resemble each other."""
+TEMPORAL = 1
+"""The kind of an edge from a report to the next one of its stream."""
+USER = 2
+"""The kind of an edge that a person or a program asserts. Any other integer above 2 is free."""
 
 
 def link(
@@ -21,27 +29,33 @@ def link(
     target: ArrayLike,
     *,
     weight: ArrayLike | None = None,
-    kind: ArrayLike = 0,
+    kind: ArrayLike = SEMANTIC,
     time: ArrayLike | None = None,
+    start: ArrayLike = 0,
+    end: ArrayLike = FOREVER,
     is_valid: ArrayLike | None = None,
+    symmetric: bool = False,
     on_duplicate: str = "update",
 ) -> tuple[KnowledgeGraph, Int[Array, ""]]:
     """Write L edges in order, each into a slot of its source node.
 
-    An edge that the source already has (same target and kind) gets the new weight and time. A new
-    edge takes the lowest empty slot; if there is none, it replaces the weakest edge (the lowest
-    slot among equals) when its own weight is strictly larger, and is dropped otherwise. Edges
-    from a node to itself, to or from a free slot or an id out of range, or with a weight that is
-    not finite are dropped.
+    An edge that the source already has (same target and kind) gets the new weight, time, start
+    and end. A new edge takes the lowest empty slot; if there is none, it replaces the weakest edge
+    (the lowest slot among equals) when its own weight is strictly larger, and is dropped
+    otherwise. Edges from a node to itself, to or from a free slot or an id out of range, with a
+    weight that is not finite, a negative kind, or an end before the start are dropped.
 
     Args:
       graph: the graph before.
       source: [L] integers, node ids.
       target: [L] integers, node ids.
-      weight: [L], by default the cosine of the two keys.
-      kind: [L] integers, or one for all.
-      time: [L] integers, or one for all; by default the graph's clock.
+      weight: [L], or one for all; by default the cosine of the two keys.
+      kind: [L] integers, or one for all: `SEMANTIC`, `TEMPORAL`, `USER` or another.
+      time: [L] integers, or one for all, when the edge was written; by default the graph's clock.
+      start: [L] integers, or one for all, the first logical time at which the edge holds.
+      end: [L] integers, or one for all, the last one.
       is_valid: [L] bool, all by default; the others are ignored.
+      symmetric: write each edge's reverse too, as if it came next in the list.
       on_duplicate: "update" as above, or "append" to write an edge again beside its duplicate.
 
     Returns:
@@ -64,10 +78,23 @@ def link(
         raise ValueError(f"target must have shape {source.shape}, as source, got {target.shape}")
     if weight is not None:
         weight = per_row("weight", weight, rows, 0.0, jnp.float32)
-    kind = per_row("kind", kind, rows, 0, jnp.int32)
-    time = per_row("time", time, rows, graph.clock, jnp.int32)
+    ints = functools.partial(per_row, rows=rows, dtype=jnp.int32)
+    edges = Edges(
+        target=target,
+        weight=jnp.zeros(rows) if weight is None else weight,
+        kind=ints("kind", kind, default=SEMANTIC),
+        time=ints("time", time, default=graph.clock),
+        start=ints("start", start, default=0),
+        end=ints("end", end, default=FOREVER),
+    )
     valid = per_row("is_valid", is_valid, rows, True, bool)
-    return _link(graph, source, target, weight, kind, time, valid, on_duplicate=on_duplicate)
+    return _link(
+        graph,
+        *(source, edges, valid),
+        by_cosine=weight is None,
+        symmetric=symmetric,
+        on_duplicate=on_duplicate,
+    )
 
 
 def link_similar(
@@ -77,9 +104,10 @@ def link_similar(
     queries: ArrayLike | None = None,
     k: int = 5,
     threshold: ArrayLike = 0.3,
-    kind: ArrayLike = 0,
+    kind: ArrayLike = SEMANTIC,
     time: ArrayLike | None = None,
     is_valid: ArrayLike | None = None,
+    symmetric: bool = False,
     on_duplicate: str = "update",
 ) -> tuple[KnowledgeGraph, Int[Array, ""]]:
     """Link nodes to the live nodes most similar to them, best first, as `link` does.
@@ -87,7 +115,8 @@ def link_similar(
     Args:
       graph: the graph before.
       node_id: [R] integers, node ids, such as `InsertInfo.node_id`; ids out of range and of free
-        slots are ignored.
+        slots are ignored. Without queries, an id that comes again would find the same nodes
+        again, so only its first valid entry counts.
       queries: [R, D], what to compare with the other nodes' keys: by default each node's own key.
         Give the inserted items themselves to link by the item and not by the node it merged into.
       k: up to how many edges for each entry of node_id, at least 1.
@@ -95,6 +124,7 @@ def link_similar(
       kind: [R] integers, or one for all.
       time: [R] integers, or one for all; by default the graph's clock.
       is_valid: [R] bool, all by default; the others are ignored.
+      symmetric: write each edge's reverse too, as if it came next in the list.
       on_duplicate: "update" or "append", see `link`.
 
     Returns:
@@ -109,46 +139,81 @@ def link_similar(
       >>> int(num_linked), graph.edge_target[:2, 0].tolist()
       (2, [1, 0])
     """
+    check_choice("on_duplicate", on_duplicate, ("update", "append"))
     node_id = ids("node_id", node_id)
     rows = node_id.shape[0]
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k must be at least 1, got {k!r}")
+    is_distinct = queries is None
     if queries is None:
         queries = graph.key[jnp.clip(node_id, 0, graph.num_nodes - 1)]
     else:
         queries = normalize(vectors("queries", queries, graph.dim))
     if queries.shape[0] != rows:
         raise ValueError(f"queries must have {rows} rows, as node_id, got {queries.shape[0]}")
-    valid = per_row("is_valid", is_valid, rows, True, bool)
-    kind = per_row("kind", kind, rows, 0, jnp.int32)
-    time = per_row("time", time, rows, graph.clock, jnp.int32)
-    k = min(k, graph.num_nodes)
-    target, score = _similar(graph, node_id, queries, valid, threshold, k=k)
-    return link(
+    return _link_similar(
         graph,
-        jnp.repeat(node_id, k),
-        target.ravel(),
-        weight=score.ravel(),
-        kind=jnp.repeat(kind, k),
-        time=jnp.repeat(time, k),
-        is_valid=(score >= threshold).ravel(),
+        *(node_id, queries),
+        per_row("kind", kind, rows, SEMANTIC, jnp.int32),
+        per_row("time", time, rows, graph.clock, jnp.int32),
+        per_row("is_valid", is_valid, rows, True, bool),
+        threshold,
+        k=min(k, graph.num_nodes),
+        is_distinct=is_distinct,
+        symmetric=symmetric,
         on_duplicate=on_duplicate,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("k",))
-def _similar(
+@functools.partial(jax.jit, static_argnames=("k", "is_distinct", "symmetric", "on_duplicate"))
+def _link_similar(
+    graph: KnowledgeGraph,
+    node_id: Int[Array, "R"],
+    queries: Float[Array, "R D"],
+    kind: Int[Array, "R"],
+    time: Int[Array, "R"],
+    is_valid: Bool[Array, "R"],
+    threshold: ArrayLike,
+    *,
+    k: int,
+    is_distinct: bool,
+    symmetric: bool,
+    on_duplicate: str,
+) -> tuple[KnowledgeGraph, Int[Array, ""]]:
+    graph, queries = jax.lax.stop_gradient((graph, queries))
+    is_valid = is_valid & is_live_at(graph, node_id) & jnp.any(queries != 0.0, axis=-1)
+    if is_distinct:
+        is_valid &= _is_first(jnp.where(is_valid, node_id, graph.num_nodes))
+    target, weight = _others(graph, node_id, queries, is_valid, threshold, k)
+
+    def for_each(x: Array) -> Array:
+        return jnp.broadcast_to(x[:, None], target.shape)
+
+    start, end = jnp.zeros_like(target), jnp.full_like(target, FOREVER)
+    edges = Edges(target, weight, for_each(kind), for_each(time), start, end)
+    found = (weight >= threshold) & (weight > -jnp.inf) & for_each(kind >= 0)
+    if is_distinct and not symmetric:
+        source = jnp.where(is_valid, node_id, graph.num_nodes)
+        return write_rows(graph, source, edges, found, on_duplicate)
+    source, edges, found = jax.tree.map(jnp.ravel, (for_each(node_id), edges, found))
+    return _link(
+        graph,
+        *(source, edges, found),
+        by_cosine=False,
+        symmetric=symmetric,
+        on_duplicate=on_duplicate,
+    )
+
+
+def _others(
     graph: KnowledgeGraph,
     node_id: Int[Array, "R"],
     queries: Float[Array, "R D"],
     is_valid: Bool[Array, "R"],
     threshold: ArrayLike,
-    *,
     k: int,
 ) -> tuple[Int[Array, "R k"], Float[Array, "R k"]]:
     """The k live nodes other than itself most similar to each query; N and -inf where fewer."""
-    graph, queries = jax.lax.stop_gradient((graph, queries))
-    is_valid = is_valid & jnp.any(queries != 0.0, axis=-1)
     # One more than asked for, since the node itself is most often the first.
     target, score = nearest(
         queries, graph.key, graph.is_live, min(k + 1, graph.num_nodes), threshold,
@@ -162,70 +227,41 @@ def _similar(
     return jnp.where(score > -jnp.inf, target, graph.num_nodes), score
 
 
-@functools.partial(jax.jit, static_argnames=("on_duplicate",))
+@functools.partial(jax.jit, static_argnames=("by_cosine", "symmetric", "on_duplicate"))
 def _link(
     graph: KnowledgeGraph,
     source: Int[Array, "L"],
-    target: Int[Array, "L"],
-    weight: Float[Array, "L"] | None,
-    kind: Int[Array, "L"],
-    time: Int[Array, "L"],
+    edges: Edges,
     is_valid: Bool[Array, "L"],
     *,
+    by_cosine: bool,
+    symmetric: bool,
     on_duplicate: str,
 ) -> tuple[KnowledgeGraph, Int[Array, ""]]:
-    graph, weight = jax.lax.stop_gradient((graph, weight))
+    graph, edges = jax.lax.stop_gradient((graph, edges))
+    if source.shape[0] == 0:
+        return graph, jnp.int32(0)
+    target = edges.target
     valid = is_valid & (source != target) & is_live_at(graph, source) & is_live_at(graph, target)
-    source = jnp.where(valid, source, 0)
-    target = jnp.where(valid, target, 0)
-    if weight is None:
+    valid &= (edges.kind >= 0) & (edges.start <= edges.end)
+    if by_cosine:
+        source, target = jnp.where(valid, source, 0), jnp.where(valid, target, 0)
         weight = exact_cosine_pairs(graph.key[source], graph.key[target])
-    valid &= jnp.isfinite(weight)
-    turn = _turn_at_source(jnp.where(valid, source, graph.num_nodes))
-    num_turns = jnp.max(jnp.where(valid, turn + 1, 0), initial=0)
-
-    def write(state: tuple[Array, KnowledgeGraph, Array]) -> tuple[Array, KnowledgeGraph, Array]:
-        now, graph, count = state
-        slot, fits = _choose_slot(graph, source, target, weight, kind, on_duplicate)
-        fits &= valid & (turn == now)
-        at = jnp.where(fits, source, graph.num_nodes), slot
-        graph = graph._replace(
-            edge_target=graph.edge_target.at[at].set(target, mode="drop"),
-            edge_weight=graph.edge_weight.at[at].set(weight, mode="drop"),
-            edge_kind=graph.edge_kind.at[at].set(kind, mode="drop"),
-            edge_time=graph.edge_time.at[at].set(time, mode="drop"),
-        )
-        return now + 1, graph, count + jnp.sum(fits, dtype=jnp.int32)
-
-    start = (jnp.int32(0), graph, jnp.int32(0))
-    _, graph, count = jax.lax.while_loop(lambda state: state[0] < num_turns, write, start)
-    return graph, count
+        edges = edges._replace(weight=weight)
+    valid &= jnp.isfinite(edges.weight)
+    if symmetric:
+        source, back = _interleaved(source, target), _interleaved(target, source)
+        edges, valid = jax.tree.map(lambda x: jnp.repeat(x, 2), (edges, valid))
+        edges = edges._replace(target=back)
+    return write_edges(graph, source, edges, valid, on_duplicate)
 
 
-def _choose_slot(
-    graph: KnowledgeGraph,
-    source: Int[Array, "L"],
-    target: Int[Array, "L"],
-    weight: Float[Array, "L"],
-    kind: Int[Array, "L"],
-    on_duplicate: str,
-) -> tuple[Int[Array, "L"], Bool[Array, "L"]]:
-    """The slot for each edge, and whether the edge may have it."""
-    old_target, old_weight = graph.edge_target[source], graph.edge_weight[source]
-    is_empty = old_target == graph.num_nodes
-    is_same = (old_target == target[:, None]) & (graph.edge_kind[source] == kind[:, None])
-    if on_duplicate == "append":
-        is_same = jnp.zeros_like(is_same)
-    has_same, has_empty = jnp.any(is_same, axis=1), jnp.any(is_empty, axis=1)
-    weakest = jnp.argmin(old_weight, axis=1)  # only read where no slot is empty
-    slot = jnp.where(has_empty, jnp.argmax(is_empty, axis=1), weakest)
-    slot = jnp.where(has_same, jnp.argmax(is_same, axis=1), slot)
-    return slot, has_same | has_empty | (weight > jnp.min(old_weight, axis=1))
+def _interleaved(x: Int[Array, "L"], y: Int[Array, "L"]) -> Int[Array, "L2"]:
+    return jnp.stack([x, y], axis=1).ravel()
 
 
-def _turn_at_source(source: Int[Array, "L"]) -> Int[Array, "L"]:
-    """For each edge, how many earlier ones have the same source."""
-    order = jnp.argsort(source, stable=True)
-    ordered = source[order]
-    turn = jnp.arange(source.shape[0]) - jnp.searchsorted(ordered, ordered, side="left")
-    return jnp.zeros_like(source).at[order].set(turn.astype(source.dtype))
+def _is_first(x: Int[Array, "R"]) -> Bool[Array, "R"]:
+    """Whether no earlier entry is the same."""
+    order = jnp.argsort(x, stable=True)
+    is_new = jnp.ones(x.shape, bool).at[1:].set(x[order[1:]] != x[order[:-1]])
+    return jnp.zeros_like(is_new).at[order].set(is_new)

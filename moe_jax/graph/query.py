@@ -1,4 +1,4 @@
-"""Read a knowledge graph: search by cosine, and follow edges."""
+"""Read a knowledge graph: search by cosine."""
 
 import functools
 from collections.abc import Callable
@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.graph._arguments import ids, is_live_at, per_row, vectors
+from moe_jax.graph._arguments import per_row, scalar, vectors, whole_number
 from moe_jax.graph.state import KnowledgeGraph
+from moe_jax.ops.code import Code
 from moe_jax.ops.nearest import nearest
 from moe_jax.ops.similarity import normalize
 
-__all__ = ["Hits", "Neighbours", "neighbours", "search"]
+__all__ = ["Hits", "search"]
 
 
 class Hits(NamedTuple):
@@ -29,24 +30,6 @@ class Hits(NamedTuple):
     ids: Int[Array, "Q k"]
     scores: Float[Array, "Q k"]
     is_valid: Bool[Array, "Q k"]
-
-
-class Neighbours(NamedTuple):
-    """The edges out of R nodes, by slot.
-
-    Attributes:
-      ids: int32 [R, M], node ids at the other ends, N where there is no edge.
-      weight: float32 [R, M], 0 where there is no edge.
-      kind: int32 [R, M], 0 where there is no edge.
-      time: int32 [R, M], logical time of the last write, 0 where there is no edge.
-      is_valid: bool [R, M].
-    """
-
-    ids: Int[Array, "R M"]
-    weight: Float[Array, "R M"]
-    kind: Int[Array, "R M"]
-    time: Int[Array, "R M"]
-    is_valid: Bool[Array, "R M"]
 
 
 def search(
@@ -97,8 +80,7 @@ def search(
       ([[0, 1, 4]], [[True, True, False]])
     """
     queries = vectors("queries", queries, graph.dim)
-    if not 1 <= k <= graph.num_nodes:
-        raise ValueError(f"k must be between 1 and {graph.num_nodes} (node slots), got {k}")
+    k = whole_number("k", k, 1, graph.num_nodes, " (node slots)")
     rows = queries.shape[0]
     given = {
         "expert_id": (expert_id, jnp.int32),
@@ -108,22 +90,28 @@ def search(
     }
     filters = {
         # One value for all queries stays one: its mask is shared, and the fast pass can take it.
-        name: jnp.asarray(value, dtype) if jnp.ndim(value) == 0 else
+        name: scalar(name, value, dtype) if jnp.ndim(value) == 0 else
         per_row(name, value, rows, 0, dtype)
         for name, (value, dtype) in given.items()
         if value is not None
     }  # fmt: skip
+    if isinstance(threshold, float) and threshold == -1.0:
+        threshold = None  # spares a transfer in each call
+    else:
+        threshold = scalar("threshold", threshold, jnp.float32)
+    # Only what a search reads: handing over the whole graph takes the host longer than the search.
+    fields = {name: getattr(graph, _FILTERED[name][0]) for name in filters}
     return _search(
-        graph, queries, filters, threshold, k=k, reproducible=reproducible,
-        implementation=implementation,
+        graph.key, graph.codes, graph.is_live, fields, queries, filters, threshold,
+        k=k, reproducible=reproducible, implementation=implementation,
     )  # fmt: skip
 
 
-_ACCEPTS = {
-    "expert_id": lambda graph, wanted: graph.expert_id == wanted,
-    "kind": lambda graph, wanted: graph.kind == wanted,
-    "as_of": lambda graph, wanted: graph.created <= wanted,
-    "min_confidence": lambda graph, wanted: graph.confidence >= wanted,
+_FILTERED = {
+    "expert_id": ("expert_id", jnp.equal),
+    "kind": ("kind", jnp.equal),
+    "as_of": ("created", jnp.less_equal),
+    "min_confidence": ("confidence", jnp.greater_equal),
 }
 
 # Queries are taken in blocks of so many scores, 1 GiB of them.
@@ -132,38 +120,42 @@ _SCORES_AT_ONCE = 2**28
 
 @functools.partial(jax.jit, static_argnames=("k", "reproducible", "implementation"))
 def _search(
-    graph: KnowledgeGraph,
+    keys: Float[Array, "N D"],
+    codes: Code,
+    is_live: Bool[Array, "N"],
+    fields: dict[str, Array],
     queries: Float[Array, "Q D"],
     filters: dict[str, Array],
-    threshold: ArrayLike,
+    threshold: ArrayLike | None,
     *,
     k: int,
     reproducible: bool,
     implementation: str | None,
 ) -> Hits:
-    graph, queries = jax.lax.stop_gradient((graph, queries))
-    queries = normalize(queries)
-    is_candidate = graph.is_live
+    keys, codes, queries = jax.lax.stop_gradient((keys, codes, queries))
+    queries, num_nodes = normalize(queries), keys.shape[0]
+    floor = -jnp.inf if threshold is None else threshold
+    is_candidate = is_live
     for name, wanted in filters.items():
         if wanted.ndim == 0:
-            is_candidate &= _ACCEPTS[name](graph, wanted)
-    precision = "exact" if reproducible else "quick"
+            is_candidate &= _FILTERED[name][1](fields[name], wanted)
     by_query = {name: wanted for name, wanted in filters.items() if wanted.ndim == 1}
+    precision = "exact" if reproducible else "quick"
 
     def find(queries: Float[Array, "Q D"], by_query: dict[str, Array]) -> tuple[Array, Array]:
         mask = is_candidate
         for name, wanted in by_query.items():
-            accepts = functools.partial(_ACCEPTS[name], graph)
-            mask = jnp.atleast_2d(mask) & jax.vmap(accepts)(wanted)
+            accepted = _FILTERED[name][1](fields[name][None, :], wanted[:, None])
+            mask = jnp.atleast_2d(mask) & accepted
         return nearest(
-            queries, graph.key, mask, k, threshold, code=graph.codes, precision=precision,
+            queries, keys, mask, k, floor, code=codes, precision=precision,
             is_query=jnp.any(queries != 0.0, axis=-1), implementation=implementation,
         )  # fmt: skip
 
-    ids, scores = _in_blocks(find, (queries, by_query), max(1, _SCORES_AT_ONCE // graph.num_nodes))
-    is_hit = (scores > -jnp.inf) & (scores >= threshold)
+    ids, scores = _in_blocks(find, (queries, by_query), max(1, _SCORES_AT_ONCE // num_nodes))
+    is_hit = (scores > -jnp.inf) & (scores >= floor)
     is_hit = is_hit & jnp.any(queries != 0.0, axis=-1, keepdims=True)
-    return Hits(jnp.where(is_hit, ids, graph.num_nodes), jnp.where(is_hit, scores, 0.0), is_hit)
+    return Hits(jnp.where(is_hit, ids, num_nodes), jnp.where(is_hit, scores, 0.0), is_hit)
 
 
 def _in_blocks(find: Callable, inputs: Any, size: int) -> tuple[Array, Array]:
@@ -180,35 +172,3 @@ def _in_blocks(find: Callable, inputs: Any, size: int) -> tuple[Array, Array]:
 
     found = jax.lax.map(lambda part: find(*part), jax.tree.map(split, inputs))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], found)
-
-
-def neighbours(graph: KnowledgeGraph, node_id: ArrayLike) -> Neighbours:
-    """The edges out of nodes, in slot order.
-
-    Args:
-      graph: the graph.
-      node_id: [R] integers; an id out of range or of a free slot has no edges.
-
-    Returns:
-      `Neighbours` of shape [R, M].
-
-    Raises:
-      ValueError: if node_id is not a list of integers.
-
-    Example:
-      >>> graph, _ = insert(KnowledgeGraph.create(4, 2, num_edge_slots=2), jnp.eye(2))
-      >>> graph, _ = link(graph, jnp.array([0]), jnp.array([1]), weight=0.5)
-      >>> neighbours(graph, jnp.array([0, 1])).ids.tolist()
-      [[1, 4], [4, 4]]
-    """
-    node_id = ids("node_id", node_id)
-    row = jnp.clip(node_id, 0, graph.num_nodes - 1)
-    target = graph.edge_target[row]
-    is_edge = is_live_at(graph, node_id)[:, None] & is_live_at(graph, target)
-    return Neighbours(
-        ids=jnp.where(is_edge, target, graph.num_nodes),
-        weight=jnp.where(is_edge, graph.edge_weight[row], 0.0),
-        kind=jnp.where(is_edge, graph.edge_kind[row], 0),
-        time=jnp.where(is_edge, graph.edge_time[row], 0),
-        is_valid=is_edge,
-    )

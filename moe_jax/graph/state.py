@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops.code import Code, encode
@@ -103,8 +104,8 @@ class KnowledgeGraph(NamedTuple):
         """
         sizes = {"num_nodes": num_nodes, "dim": dim, "num_edge_slots": num_edge_slots}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            if not isinstance(size, (int, np.integer)) or size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size!r}")
         if dim > MAX_DIM:
             raise ValueError(f"dim must be at most {MAX_DIM}, got {dim}")
         nodes, edges = (num_nodes,), (num_nodes, num_edge_slots)

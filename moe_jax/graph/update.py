@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
@@ -31,7 +32,8 @@ class InsertInfo(NamedTuple):
       merged: bool [R], the item joined a node.
       created: bool [R], the item became a node.
       rejected: bool [R], the item was valid and could not be stored: its key has no direction
-        (zero, NaN, infinite), its value or confidence is not finite, or the graph is full.
+        (zero, NaN, infinite), its value or confidence is not finite, its weight is negative, or the
+        graph is full.
       similarity: float32 [R], the best cosine over the nodes that were live when the item's turn
         came, 0 when there were none or when nothing was compared.
       is_current: bool [R], the node that the item joined or became is there after the call.
@@ -89,7 +91,7 @@ def insert(
       kind: [R] integers, 0 by default.
       source: [R, 2] integers (document id, offset), -1 by default.
       symbol: [R] integers, what followed the value, -1 by default.
-      weight: [R] integers, how many items each stands for, 1 by default.
+      weight: [R] integers, how many items each stands for, 1 by default, at least 0.
       is_valid: [R] bool, all by default; the others are ignored.
       time: [R] integers, by default one tick of the clock for each item that is valid and well
         formed.
@@ -116,9 +118,9 @@ def insert(
     """
     check_choice("merge_rule", merge_rule, ("leader", "ema"))
     check_choice("policy", policy, ("reject", *POLICIES))
-    if isinstance(merge_threshold, (int, float)) and not merge_threshold > -1.0:
+    if isinstance(merge_threshold, (int, float, np.floating)) and not merge_threshold > -1.0:
         raise ValueError(f"merge_threshold must be above -1, got {merge_threshold}")
-    if isinstance(ema_decay, (int, float)) and not 0.0 <= ema_decay <= 1.0:
+    if isinstance(ema_decay, (int, float, np.floating)) and not 0.0 <= ema_decay <= 1.0:
         raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}")
     keys = vectors("keys", keys, graph.dim)
     rows = keys.shape[0]
@@ -167,6 +169,7 @@ def _insert(
         jnp.any(items.key != 0.0, axis=-1)
         & jnp.all(jnp.isfinite(items.value), axis=-1)
         & jnp.isfinite(items.confidence)
+        & (items.weight >= 0)
     )
     items = items._replace(is_valid=was_valid & is_sound)
     if not is_timed:

@@ -60,6 +60,10 @@ def nearest(
       (ids [Q, k] int32, with N where there are fewer than k candidates, and scores [Q, k]
       float32, with -inf there), best first.
 
+    Raises:
+      ValueError: k is out of range, precision or implementation is unknown, or codes cannot be
+        used.
+
     Example:
       >>> keys = jnp.eye(3)
       >>> ids, scores = nearest(keys[:1], keys, jnp.ones(3, bool), 2)
@@ -69,6 +73,8 @@ def nearest(
     if precision not in ("exact", "scored", "quick"):
         raise ValueError(f"precision must be 'exact', 'scored' or 'quick', got {precision!r}")
     num_queries, num_keys = queries.shape[0], keys.shape[0]
+    if not 1 <= k <= num_keys:
+        raise ValueError(f"k must be between 1 and {num_keys} (keys), got {k}")
     if is_query is None:
         is_query = jnp.ones(num_queries, bool)
     mask = jnp.atleast_2d(is_candidate)
