@@ -190,6 +190,34 @@ def test_five_steps_stay_on_the_device_and_are_traced_once():
     assert 0 < live[0] < live[-1] == graph.num_live
 
 
+def test_a_full_graph_goes_on_learning_and_what_is_not_seen_again_expires():
+    system = system_of(max_kg_nodes=8, kg_ttl=2)
+    write, graph = jax.jit(system.write), system.create_graph()
+    ints = jnp.ones(5, jnp.int32)
+    like = Proposals(
+        key=jnp.zeros((5, 8)),
+        value=jnp.zeros((5, 8)),
+        confidence=jnp.linspace(0.1, 0.9, 5),
+        expert_id=ints,
+        source=jnp.stack([ints, ints], axis=1),
+        weight=ints,
+        leader=jnp.arange(5),
+        is_kept=ints > 0,
+    )
+    for seed in range(4):
+        key = jax.random.normal(jax.random.key(seed), like.key.shape)
+        graph, info = write(graph, like._replace(key=normalize(key), value=key))
+        assert not np.any(info.rejected)
+        sources = np.flatnonzero(np.any(np.asarray(graph.edge_target) < 8, axis=1))
+        assert np.all(np.asarray(graph.is_live)[sources])
+    assert (int(graph.num_live), int(graph.num_evicted)) == (8, 12)
+    nothing = like._replace(is_kept=jnp.zeros(5, bool))
+    graph, _ = write(graph._replace(clock=graph.clock + 2), nothing)
+    assert int(graph.num_live) == 5
+    graph, _ = write(graph._replace(clock=graph.clock + 1), nothing)
+    assert int(graph.num_live) == 0
+
+
 def test_query_finds_what_was_written():
     graph, out, info, _ = written()
     hits = compiled_query(3)(variables_of(), graph, inputs())

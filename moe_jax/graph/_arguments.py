@@ -50,9 +50,9 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def ids(name: str, value: ArrayLike) -> Int[Array, "R"]:
     """The argument as an int32 [R] array; ValueError where it is not a list of integers."""
-    shape, dtype = np.shape(value), getattr(value, "dtype", np.asarray(value).dtype)
-    if shape == (0,) and not hasattr(value, "dtype"):
-        return jnp.zeros(0, jnp.int32)
+    if not hasattr(value, "dtype"):
+        value = np.asarray(value if np.size(value) else np.zeros(0, np.int32))
+    shape, dtype = value.shape, value.dtype
     if len(shape) != 1 or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"{name} must be a list of integers, got shape {shape} and dtype {dtype}")
     return _array(name, value, jnp.int32)
