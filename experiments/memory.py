@@ -30,8 +30,7 @@ import tyro
 from documentation import documentation
 
 from moe_jax.config import RunConfig, byte_lm
-from moe_jax.data import Corpus, load_corpus
-from moe_jax.data.stream import stream_batches
+from moe_jax.data import Corpus, load_corpus, stream_batches
 from moe_jax.graph import KnowledgeGraph
 from moe_jax.lm import MoELanguageModel
 from moe_jax.memory import ContextVectors, Evidence, MemoryInterpolation

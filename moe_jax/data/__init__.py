@@ -12,6 +12,7 @@ from moe_jax.data.provenance import load_manifest as load_manifest
 from moe_jax.data.provenance import locate as locate
 from moe_jax.data.provenance import manifest as manifest
 from moe_jax.data.provenance import save_manifest as save_manifest
+from moe_jax.data.stream import stream_batches as stream_batches
 from moe_jax.data.text import Corpus as Corpus
 from moe_jax.data.text import Skipped as Skipped
 from moe_jax.data.text import load_corpus as load_corpus

@@ -98,8 +98,8 @@ def make_stream_step(
         >>> batch = Batch(ids, ids, ones, jnp.zeros((2, 2), jnp.int32))
         >>> memory, reader = KnowledgeGraph.create(64, 40), TokenReader(projection, variables)
         >>> memory, sums, _, _ = step(params, reader, memory, batch)
-        >>> float(sums.nats) == float(sums.nats_without), int(memory.num_live)
-        (True, 32)
+        >>> float(sums.count_found), int(memory.num_live)
+        (0.0, 32)
     """
 
     def step(
@@ -129,7 +129,7 @@ def make_stream_step(
         )
         hits = read_tokens(memory._replace(symbol=read), contexts, k)
         evidence = gather_evidence(log_model, hits.scores, hits.symbols, hits.is_valid, target)
-        mixed = interpolation.apply(reader.gate, log_model, *hits_of(evidence))
+        mixed = interpolation.apply(reader.gate, log_model, *_hits_of(evidence))
         picked = jnp.take_along_axis(mixed, target[:, None], axis=-1)[:, 0]
         found = is_counted & jnp.any(evidence.is_valid, axis=-1)
         sums = StreamSums(
@@ -144,7 +144,7 @@ def make_stream_step(
     return jax.jit(step, donate_argnums=2)
 
 
-def hits_of(evidence: Evidence) -> tuple[Array, Array, Array]:
+def _hits_of(evidence: Evidence) -> tuple[Array, Array, Array]:
     """The scores, symbols and validity that `MemoryInterpolation` takes."""
     return evidence.scores, evidence.symbols, evidence.is_valid
 
