@@ -26,6 +26,7 @@ import optax
 from moe_jax import MoESystem
 from moe_jax.config import MoEConfig, h100
 from moe_jax.graph import KnowledgeGraph
+from moe_jax.graph.state import with_keys
 from moe_jax.ops import normalize
 
 IN_A_ROW = 10
@@ -120,7 +121,8 @@ def half_full(graph: KnowledgeGraph) -> KnowledgeGraph:
     """The graph with every second half of its slots taken by random nodes."""
     key = normalize(jax.random.normal(jax.random.key(2), graph.key.shape))
     is_live = jnp.arange(graph.num_nodes) < graph.num_nodes // 2
-    return graph._replace(key=jnp.where(is_live[:, None], key, 0.0), value=key + 0, is_live=is_live)
+    at = jnp.where(is_live, jnp.arange(graph.num_nodes), graph.num_nodes)
+    return with_keys(graph, at, key)._replace(value=key + 0, is_live=is_live)
 
 
 def make_step(system: MoESystem, case: Case) -> tuple[Callable, Any]:
