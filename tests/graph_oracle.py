@@ -91,7 +91,12 @@ class Graph:
         """(node id, what happened, similarity) of one valid item."""
         unit = normalize(key)
         value = unit if value is None else value
-        if unit is None or not np.isfinite(value).all() or not np.isfinite(confidence):
+        if (
+            unit is None
+            or not np.isfinite(value).all()
+            or not np.isfinite(confidence)
+            or weight < 0
+        ):
             self.num_rejected += 1
             return self.num_nodes, "rejected", F32(0)
         time = self.clock + 1 if time is None else time

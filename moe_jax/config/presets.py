@@ -28,6 +28,7 @@ def tiny() -> MoEConfig:
         num_experts=4,
         top_k_experts=2,
         max_kg_nodes=64,
+        kg_policy="reject",  # evicting takes seconds to compile
     )
 
 

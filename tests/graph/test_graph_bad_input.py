@@ -329,7 +329,8 @@ def test_top_k_of_infinities():
 
 
 def test_a_code_of_zeros_and_no_items():
-    code, scale = encode(jnp.zeros((2, D)))
+    code, scale, error = encode(jnp.zeros((2, D)))
     np.testing.assert_array_equal(code, 0)
     np.testing.assert_array_equal(scale, 0)
+    np.testing.assert_array_equal(error, 0)
     assert first_independent(jnp.zeros((0, 0), bool), jnp.zeros(0, bool)).shape == (0,)
