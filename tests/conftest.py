@@ -22,7 +22,12 @@ install_import_hook("moe_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+LONG = ("test_notebook", "test_a_killed_process", "test_checkpoint_kill", "test_cli")
+
+
 def pytest_collection_modifyitems(items):
+    # The longest first, so that no worker is left alone with one at the end.
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
     if jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")

@@ -191,7 +191,7 @@ def test_five_steps_stay_on_the_device_and_are_traced_once():
 
 
 def test_a_full_graph_goes_on_learning_and_what_is_not_seen_again_expires():
-    system = system_of(max_kg_nodes=8, kg_ttl=2)
+    system = system_of(max_kg_nodes=8, kg_ttl=2, kg_policy="least_used")
     write, graph = jax.jit(system.write), system.create_graph()
     ints = jnp.ones(5, jnp.int32)
     like = Proposals(
