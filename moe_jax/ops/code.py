@@ -45,7 +45,10 @@ def encode(x: Float[Array, "*N D"]) -> Code:
     # of eight is exact, so it does not matter whether the product is fused into the difference.
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     scale = jax.lax.reduce_precision(largest * (1.003 / 127.0), exponent_bits=8, mantissa_bits=8)
-    code = jnp.round(x * (1.0 / jnp.maximum(scale, 1e-30)))
+    # Nor does it matter how a device divides: none of the 256 quotients is near a rounding point.
+    inverse = 1.0 / jnp.maximum(scale, 1e-30)
+    inverse = jax.lax.reduce_precision(inverse, exponent_bits=8, mantissa_bits=12)
+    code = jnp.round(x * inverse)
     # Lengths are measured in whole steps: their squares add up exactly in any order, and no
     # rounding is left that a fused multiply-add could change.
     steps = jnp.round((x - code * scale) * _STEPS).astype(jnp.int32)
