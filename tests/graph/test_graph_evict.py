@@ -27,7 +27,7 @@ from moe_jax.graph._victims import pose
 from moe_jax.ops.similarity import normalize
 
 POLICIES = ["oldest", "least_used", "lowest_confidence"]
-TRIALS = int(os.environ.get("EVICT_TRIALS", 300))
+TRIALS = int(os.environ.get("EVICT_TRIALS", 150))
 # R, N, D, the optional columns and the share of the trials. A call may overwrite the whole graph
 # and its own items, and a graph may have one slot.
 CASES = [
