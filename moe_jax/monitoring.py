@@ -16,7 +16,7 @@ _SHARES = {
     "occupancy": "slots in use",
     "merge_rate": "items merged",
     "duplicate_rate": "near-duplicates",
-    "never_read_share": "never read",
+    "never_read_share": "no read recorded",
     "isolated_share": "isolated",
     "hub_share": "edges into top 1%",
 }

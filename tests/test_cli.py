@@ -91,7 +91,7 @@ def test_a_run_can_be_asked_through_faiss(run):
 def test_info_shows_the_run(monkeypatch, capsys, run):
     assert call(monkeypatch, "info", run) == 0
     shown = capsys.readouterr().out
-    for part in ("6 of 6", "near-duplicates", "never read", "isolated", "dead edges"):
+    for part in ("6 of 6", "near-duplicates", "no read recorded", "isolated", "dead edges"):
         assert part in shown
 
 

@@ -34,7 +34,7 @@ class GraphHealth(NamedTuple):
         near as asked.
       hits_histogram: int32 [32], live nodes by hits, in bins of powers of two; see `NUM_BINS`.
       age_histogram: int32 [32], live nodes by logical time since their creation, likewise.
-      never_read_share: float32, live nodes that were never read.
+      never_read_share: float32, live nodes without a read that `record_reads` was told of.
       num_edges: int32, edges.
       mean_out_degree: float32, edges by live nodes.
       max_in_degree: int32, edges into the most pointed-at node.
