@@ -1,6 +1,7 @@
 """Reading the graph: nothing at the start, only hits later, each token by itself."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from moe_jax import KnowledgeGraph
 from moe_jax.graph import insert, search
-from moe_jax.memory import MemoryReader, reader
+from moe_jax.memory import MemoryReader
 
 B, S, N = 2, 5, 12
 
@@ -131,7 +132,9 @@ def test_each_token_reads_by_itself():
 def test_retrieval_in_parts_equals_retrieval_at_once(monkeypatch):
     x, graph, variables = tokens(), graph_of(), open_variables()
     whole = compiled()[1](variables, x, graph)
-    monkeypatch.setattr(reader, "_QUERIES_AT_ONCE", 4)
+    query = importlib.import_module("moe_jax.graph.query")
+    monkeypatch.setattr(query, "_SCORES_AT_ONCE", 4 * graph.num_nodes)
+    query._search.clear_cache()
     apply = MemoryReader(num_heads=2, top_k=3).apply
     assert "scan" in str(jax.make_jaxpr(apply)(variables, x, graph))
     np.testing.assert_array_equal(jax.jit(apply)(variables, x, graph), whole)

@@ -53,8 +53,8 @@ def evict_in_rounds(
 ) -> Outcome:
     """As `evict_one_by_one`, for all items at once, in a few rounds on typical streams.
 
-    Falls back to it where a merge lowers a node in the policy's order (a negative weight, a time
-    before the node's last one), or the rounds run out.
+    Falls back to it where a merge lowers a node in the policy's order (a time before the node's
+    last one), or the rounds run out.
     """
     problem = pose(graph, items, like, threshold, policy)
     (guess, score), _, is_right = solve(problem, policy)

@@ -75,6 +75,7 @@ def pose(
     threshold: Float[Array, ""] | None,
     policy: Int[Array, ""],
 ) -> Problem:
+    """Gather what no guess changes; the policy is its place in `POLICIES`."""
     num_items, nowhere = items.key.shape[0], graph.num_nodes
     first, second = policy_keys(
         policy,

@@ -14,21 +14,12 @@ from moe_jax.graph.state import KnowledgeGraph
 
 __all__ = ["compact", "delete", "expire", "record_reads"]
 
-_NODE_FIELDS = (
-    *(
-        "key",
-        "code",
-        "code_scale",
-        "code_error",
-        "value",
-        "is_live",
-        "kind",
-        "expert_id",
-        "confidence",
-    ),
-    *("hits", "created", "updated", "source", "symbol", "reads"),
+_EDGE_FIELDS = tuple(name for name in KnowledgeGraph._fields if name.startswith("edge_"))
+_NODE_FIELDS = tuple(
+    name
+    for name in KnowledgeGraph._fields
+    if name not in _EDGE_FIELDS and name != "clock" and not name.startswith("num_")
 )
-_EDGE_FIELDS = ("edge_weight", "edge_kind", "edge_time", "edge_start", "edge_end")
 
 
 def delete(
@@ -135,9 +126,10 @@ def compact(graph: KnowledgeGraph) -> tuple[KnowledgeGraph, Int[Array, "N"]]:
     place = jnp.cumsum(graph.is_live, dtype=jnp.int32) - 1
     new_id = jnp.where(graph.is_live, place, nowhere)
     old_id = jnp.argsort(~graph.is_live, stable=True)
-    moved = {name: getattr(graph, name)[old_id] for name in (*_NODE_FIELDS, *_EDGE_FIELDS)}
     renamed = jnp.append(new_id, jnp.int32(nowhere))[graph.edge_target]
-    return graph._replace(edge_target=renamed[old_id], **moved), new_id
+    graph = graph._replace(edge_target=renamed)
+    moved = {name: getattr(graph, name)[old_id] for name in (*_NODE_FIELDS, *_EDGE_FIELDS)}
+    return graph._replace(**moved), new_id
 
 
 def record_reads(

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.graph._arguments import check_choice, per_row, vectors
+from moe_jax.graph._arguments import check_choice, per_row, vectors, whole_number
+from moe_jax.graph._filters import FILTERS
 from moe_jax.graph.cells import Cells, check_cells
 from moe_jax.graph.query import Hits
 from moe_jax.graph.state import KnowledgeGraph
+from moe_jax.ops.blocks import in_blocks
 from moe_jax.ops.similarity import exact_cosine_pairs, normalize
 
 __all__ = ["search_cells"]
@@ -78,20 +80,21 @@ def search_cells(
     check_choice("first_pass", first_pass, ("codes", "keys"))
     queries = normalize(vectors("queries", queries, graph.dim))
     rows = queries.shape[0]
-    if not 1 <= k <= graph.num_nodes:
-        raise ValueError(f"k must be between 1 and {graph.num_nodes} (node slots), got {k}")
+    k = whole_number("k", k, 1, graph.num_nodes, " (node slots)")
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
     probes = min(probes, cells.num_cells)
-    wanted = {}
-    for name, value, dtype in (
-        ("expert_id", expert_id, jnp.int32),
-        ("kind", kind, jnp.int32),
-        ("as_of", as_of, jnp.int32),
-        ("min_confidence", min_confidence, jnp.float32),
-    ):
-        if value is not None:
-            wanted[name] = per_row(name, value, rows, 0, dtype)
+    given = {
+        "expert_id": expert_id,
+        "kind": kind,
+        "as_of": as_of,
+        "min_confidence": min_confidence,
+    }
+    wanted = {
+        name: per_row(name, value, rows, 0, FILTERS[name].dtype)
+        for name, value in given.items()
+        if value is not None
+    }
     return _search(
         graph, cells, queries, wanted, threshold, k=k, probes=probes, first_pass=first_pass
     )
@@ -113,16 +116,7 @@ def _search(
     size = probes * cells.members.shape[1] + cells.overflow.shape[0]
     at_once = max(1, _CODES_AT_ONCE // (size * graph.dim))
     some = functools.partial(_search_some, graph, cells, threshold, k, probes, first_pass)
-    rows = queries.shape[0]
-    if rows <= at_once:
-        return some((queries, wanted))
-
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, ((0, -rows % at_once), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(-1, at_once, *x.shape[1:])
-
-    hits = jax.lax.map(some, jax.tree.map(split, (queries, wanted)))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], hits)
+    return in_blocks(some, (queries, wanted), at_once)
 
 
 def _search_some(
@@ -132,9 +126,9 @@ def _search_some(
     k: int,
     probes: int,
     first_pass: str,
-    queries_and_wanted: tuple[Float[Array, "Q D"], dict[str, Array]],
+    queries: Float[Array, "Q D"],
+    wanted: dict[str, Array],
 ) -> Hits:
-    queries, wanted = queries_and_wanted
     node_id = _candidates(cells, queries, probes)
     is_valid = _is_accepted(graph, node_id, wanted)
     is_valid &= jnp.any(queries != 0.0, axis=1)[:, None]
@@ -173,13 +167,8 @@ def _is_accepted(
     row = jnp.minimum(node_id, graph.num_nodes - 1)
     accepted = (node_id < graph.num_nodes) & graph.is_live[row]
     for name, value in wanted.items():
-        value = value[:, None]
-        if name == "as_of":
-            accepted &= graph.created[row] <= value
-        elif name == "min_confidence":
-            accepted &= graph.confidence[row] >= value
-        else:
-            accepted &= getattr(graph, name)[row] == value
+        field = getattr(graph, FILTERS[name].field)
+        accepted &= FILTERS[name].compare(field[row], value[:, None])
     return accepted
 
 

@@ -1,8 +1,7 @@
 """Read a knowledge graph: search by cosine."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,9 @@ from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.graph._arguments import per_row, scalar, vectors, whole_number
+from moe_jax.graph._filters import FILTERS
 from moe_jax.graph.state import KnowledgeGraph
+from moe_jax.ops.blocks import in_blocks
 from moe_jax.ops.code import Code
 from moe_jax.ops.nearest import nearest
 from moe_jax.ops.similarity import normalize
@@ -83,16 +84,16 @@ def search(
     k = whole_number("k", k, 1, graph.num_nodes, " (node slots)")
     rows = queries.shape[0]
     given = {
-        "expert_id": (expert_id, jnp.int32),
-        "kind": (kind, jnp.int32),
-        "as_of": (as_of, jnp.int32),
-        "min_confidence": (min_confidence, jnp.float32),
+        "expert_id": expert_id,
+        "kind": kind,
+        "as_of": as_of,
+        "min_confidence": min_confidence,
     }
     filters = {
         # One value for all queries stays one: its mask is shared, and the fast pass can take it.
-        name: scalar(name, value, dtype) if jnp.ndim(value) == 0 else
-        per_row(name, value, rows, 0, dtype)
-        for name, (value, dtype) in given.items()
+        name: scalar(name, value, FILTERS[name].dtype) if jnp.ndim(value) == 0 else
+        per_row(name, value, rows, 0, FILTERS[name].dtype)
+        for name, value in given.items()
         if value is not None
     }  # fmt: skip
     if isinstance(threshold, float) and threshold == -1.0:
@@ -100,19 +101,12 @@ def search(
     else:
         threshold = scalar("threshold", threshold, jnp.float32)
     # Only what a search reads: handing over the whole graph takes the host longer than the search.
-    fields = {name: getattr(graph, _FILTERED[name][0]) for name in filters}
+    fields = {name: getattr(graph, FILTERS[name].field) for name in filters}
     return _search(
         graph.key, graph.codes, graph.is_live, fields, queries, filters, threshold,
         k=k, reproducible=reproducible, implementation=implementation,
     )  # fmt: skip
 
-
-_FILTERED = {
-    "expert_id": ("expert_id", jnp.equal),
-    "kind": ("kind", jnp.equal),
-    "as_of": ("created", jnp.less_equal),
-    "min_confidence": ("confidence", jnp.greater_equal),
-}
 
 # Queries are taken in blocks of so many scores, 1 GiB of them.
 _SCORES_AT_ONCE = 2**28
@@ -138,37 +132,21 @@ def _search(
     is_candidate = is_live
     for name, wanted in filters.items():
         if wanted.ndim == 0:
-            is_candidate &= _FILTERED[name][1](fields[name], wanted)
+            is_candidate &= FILTERS[name].compare(fields[name], wanted)
     by_query = {name: wanted for name, wanted in filters.items() if wanted.ndim == 1}
     precision = "exact" if reproducible else "quick"
 
     def find(queries: Float[Array, "Q D"], by_query: dict[str, Array]) -> tuple[Array, Array]:
         mask = is_candidate
         for name, wanted in by_query.items():
-            accepted = _FILTERED[name][1](fields[name][None, :], wanted[:, None])
+            accepted = FILTERS[name].compare(fields[name][None, :], wanted[:, None])
             mask = jnp.atleast_2d(mask) & accepted
         return nearest(
             queries, keys, mask, k, floor, code=codes, precision=precision,
             is_query=jnp.any(queries != 0.0, axis=-1), implementation=implementation,
         )  # fmt: skip
 
-    ids, scores = _in_blocks(find, (queries, by_query), max(1, _SCORES_AT_ONCE // num_nodes))
+    ids, scores = in_blocks(find, (queries, by_query), max(1, _SCORES_AT_ONCE // num_nodes))
     is_hit = (scores > -jnp.inf) & (scores >= floor)
     is_hit = is_hit & jnp.any(queries != 0.0, axis=-1, keepdims=True)
     return Hits(jnp.where(is_hit, ids, num_nodes), jnp.where(is_hit, scores, 0.0), is_hit)
-
-
-def _in_blocks(find: Callable, inputs: Any, size: int) -> tuple[Array, Array]:
-    """The function of all rows, taken `size` rows at a time."""
-    rows = jax.tree.leaves(inputs)[0].shape[0]
-    if rows <= size:
-        return find(*inputs)
-    count = -(-rows // size)
-    size = -(-rows // count)
-
-    def split(x: Array) -> Array:
-        pad = ((0, count * size - rows),) + ((0, 0),) * (x.ndim - 1)
-        return jnp.pad(x, pad).reshape(count, size, *x.shape[1:])
-
-    found = jax.lax.map(lambda part: find(*part), jax.tree.map(split, inputs))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], found)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Float, Int
-from moe_jax.graph._arguments import vectors
+from moe_jax.graph._arguments import vectors, whole_number
 from moe_jax.graph.incoming import IncomingEdges, incoming_edges
 from moe_jax.graph.pagerank import rounded, seed_weights, walk
 from moe_jax.graph.query import Hits, search
@@ -69,8 +69,7 @@ def retrieve(
       [[2, 0]]
     """
     queries = normalize(vectors("queries", queries, graph.dim))
-    if not 1 <= k <= graph.num_nodes:
-        raise ValueError(f"k must be between 1 and {graph.num_nodes} (node slots), got {k}")
+    k = whole_number("k", k, 1, graph.num_nodes, " (node slots)")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     if not 0.0 <= damping < 1.0:

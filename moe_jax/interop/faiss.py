@@ -12,7 +12,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from moe_jax.graph import Hits, KnowledgeGraph
-from moe_jax.graph._arguments import per_row, vectors
+from moe_jax.graph._arguments import per_row, vectors, whole_number
+from moe_jax.graph._filters import FILTERS
 from moe_jax.interop._faiss_store import Options, Store
 from moe_jax.interop._keys import fingerprint, rows
 from moe_jax.ops import normalize
@@ -20,14 +21,7 @@ from moe_jax.ops import normalize
 __all__ = ["FaissIndex", "SyncCounts"]
 
 _SPARE = 8  # fetched beyond k, so that the first search settles most ties at the end
-# For each filter of a search: the graph's field, its type, and how a node's entry must compare.
-_FILTERS = {
-    "expert_id": ("expert_id", jnp.int32, np.equal),
-    "kind": ("kind", jnp.int32, np.equal),
-    "as_of": ("created", jnp.int32, np.less_equal),
-    "min_confidence": ("confidence", jnp.float32, np.greater_equal),
-}
-_COLUMNS = tuple(field for field, _, _ in _FILTERS.values())
+_COLUMNS = tuple(one.field for one in FILTERS.values())
 
 
 class SyncCounts(NamedTuple):
@@ -192,8 +186,7 @@ class FaissIndex:
           ValueError: queries or a filter has the wrong shape, or k is out of range.
         """
         unit = np.asarray(normalize(vectors("queries", queries, self.dim)))
-        if not 1 <= k <= self.num_nodes:
-            raise ValueError(f"k must be between 1 and {self.num_nodes} (node slots), got {k}")
+        k = whole_number("k", k, 1, self.num_nodes, " (node slots)")
         given = {"expert_id": expert_id, "kind": kind, "as_of": as_of}
         given["min_confidence"] = min_confidence
         ids = np.full((len(unit), k), self.num_nodes, np.int32)
@@ -255,8 +248,8 @@ class FaissIndex:
         wanted = {}
         for name, value in given.items():
             if value is not None:
-                dtype = _FILTERS[name][1]
-                wanted[name] = np.asarray(per_row(name, value, num_queries, 0, dtype))[queries]
+                column = per_row(name, value, num_queries, 0, FILTERS[name].dtype)
+                wanted[name] = np.asarray(column)[queries]
         if not len(queries):
             return
         if not wanted:
@@ -267,8 +260,8 @@ class FaissIndex:
         for number, row in enumerate(first):
             is_candidate = self._is_stored.copy()
             for name, column in wanted.items():
-                field, _, compare = _FILTERS[name]
-                is_candidate &= compare(self._columns[field], column[row])
+                field = self._columns[FILTERS[name].field]
+                is_candidate &= FILTERS[name].compare(field, column[row])
             if is_candidate.any():
                 yield queries[group.ravel() == number], is_candidate
 

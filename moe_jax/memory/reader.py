@@ -1,16 +1,12 @@
 """Reading the knowledge graph back: gated cross-attention over retrieved nodes."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Dtype, Float
 from moe_jax.experts import LayerNorm
-from moe_jax.graph import Hits, KnowledgeGraph, search
-
-_QUERIES_AT_ONCE = 4096
+from moe_jax.graph import KnowledgeGraph, search
 
 
 class MemoryReader(nn.Module):
@@ -74,7 +70,10 @@ class MemoryReader(nn.Module):
         wanted = nn.Dense(width, kernel_init=start, name="search")(tokens.astype(jnp.float32))
         if width == model_width:
             wanted = wanted + tokens.astype(jnp.float32)
-        hits = self._retrieve(graph, wanted)
+        # A reader does not mind near-ties in another order, and has a query for every token.
+        hits = search(
+            graph, jax.lax.stop_gradient(wanted), self.top_k, self.threshold, reproducible=False
+        )
 
         keys = jax.lax.stop_gradient(graph.key.at[hits.ids].get(mode="fill", fill_value=0))
         values = values.at[hits.ids].get(mode="fill", fill_value=0)
@@ -90,21 +89,6 @@ class MemoryReader(nn.Module):
         reading = jnp.where(jnp.any(hits.is_valid, axis=1)[:, None], reading, 0)
         gate = jnp.tanh(self.param("gate", nn.initializers.zeros, (model_width,)))
         return x + (gate[None] * reading).reshape(x.shape).astype(x.dtype)
-
-    def _retrieve(self, graph: KnowledgeGraph, wanted: Float[Array, "T O"]) -> Hits:
-        # A reader does not mind near-ties in another order, and has a query for every token.
-        find = functools.partial(
-            search, graph, k=self.top_k, threshold=self.threshold, reproducible=False
-        )
-        wanted = jax.lax.stop_gradient(wanted)
-        if wanted.shape[0] <= _QUERIES_AT_ONCE:
-            return find(wanted)
-
-        # In parts, so that tokens x nodes never exists whole.
-        def one(query: Float[Array, "O"]) -> Hits:
-            return jax.tree.map(lambda a: a[0], find(query[None]))
-
-        return jax.lax.map(one, wanted, batch_size=_QUERIES_AT_ONCE)
 
 
 def _attend(

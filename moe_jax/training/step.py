@@ -190,7 +190,7 @@ def make_eval_step(
         num_choices = model.config.moe.num_choices
         choices = jnp.sum(is_input) * num_choices
         return EvalSums(
-            nats=jnp.sum(_cross_entropy(out, batch)),
+            nats=jnp.sum(cross_entropy(out, batch)),
             count=jnp.sum(batch.is_valid, dtype=jnp.float32),
             load=out.stats.load * choices,
             dropped=out.stats.dropped_fraction * choices,
@@ -220,7 +220,7 @@ def _loss(
         is_training=True,
         rngs={"dropout": dropout, "router": router},
     )
-    nats = _cross_entropy(out, batch)
+    nats = cross_entropy(out, batch)
     confidence = _confidence_loss(out.moe.confidence, nats, batch.is_valid)
     extra = out.auxiliary_loss + config.training.confidence_weight * confidence
     loss = jnp.sum(nats) / total + extra / config.training.accumulate
@@ -243,7 +243,7 @@ def _rebalanced(params: Variables, load: Float[Array, "L E"], rate: float) -> Va
     return jax.tree_util.tree_map_with_path(move, params)
 
 
-def _cross_entropy(out: LanguageModelOutput, batch: Batch) -> Float[Array, "B S"]:
+def cross_entropy(out: LanguageModelOutput, batch: Batch) -> Float[Array, "B S"]:
     """Cross entropy of each valid target in nats, zero elsewhere."""
     log_share = jax.nn.log_softmax(out.logits, axis=-1)
     picked = jnp.take_along_axis(log_share, batch.targets[..., None], axis=-1)[..., 0]

@@ -22,6 +22,7 @@ from moe_jax.memory import (
     shuffle_symbols,
     write_tokens,
 )
+from moe_jax.training.step import cross_entropy
 
 __all__ = ["StreamSums", "TokenReader", "fit_interpolation", "make_hidden_step", "make_stream_step"]
 
@@ -174,9 +175,7 @@ def make_hidden_step(
         params: Variables, batch: Batch, reports: KnowledgeGraph | None = None
     ) -> tuple[Array, Array]:
         out = model.apply({"params": params}, batch.tokens, reports, is_valid=batch.is_input)
-        log_share = jax.nn.log_softmax(out.logits, axis=-1)
-        picked = jnp.take_along_axis(log_share, batch.targets[..., None], axis=-1)[..., 0]
-        return out.hidden, -jnp.sum(jnp.where(batch.is_valid, picked, 0.0))
+        return out.hidden, jnp.sum(cross_entropy(out, batch))
 
     return jax.jit(step)
 
