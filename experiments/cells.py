@@ -48,6 +48,8 @@ class Options:
         probes: cells probed, one row of the table each.
         batches: queries in a call, one part of the table each.
         first_pass: "codes" or "keys", see `search_cells`.
+        reproducible: make certain of the last bit, as in `search` and `search_cells`; recall is
+            taken against the certain search anyway.
         num_cells: L; 0 for the default.
         slots_per_cell: P; 0 for the default.
         iterations: rounds of k-means.
@@ -70,6 +72,7 @@ class Options:
     probes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     batches: tuple[int, ...] = (1, 128)
     first_pass: Literal["codes", "keys"] = "codes"
+    reproducible: bool = False
     num_cells: int = 0
     slots_per_cell: int = 0
     iterations: int = 10
@@ -137,9 +140,8 @@ def timings(find: Callable, state: Any, options: Options, batch: int) -> dict[st
     """Microseconds per call of `find(state, queries)`, queued and inside one program."""
     rows = draw(options, 8 * batch, jax.random.key(options.seed + 2))
     queries = rows.reshape(8, batch, options.dim)
-    one = jax.jit(find)
     calls = [queries[i % 8] for i in range(options.queue)]
-    queued = seconds(lambda q: one(state, q), calls, options.repeats)
+    queued = seconds(lambda q: find(state, q), calls, options.repeats)
 
     @jax.jit
     def inside(state: Any, queries: jax.Array) -> Any:
@@ -188,13 +190,16 @@ def measure(options: Options) -> dict[str, Any]:
     state = (graph, cells)
     queries = draw(options, options.recall_queries, jax.random.key(options.seed + 4))
     parts = [queries[i : i + 128] for i in range(0, len(queries), 128)]
-    exact = jax.jit(lambda state, q: search(state[0], q, options.k))
-    truth = jnp.concatenate([exact(state, part).ids for part in parts])
+    truth = jnp.concatenate([search(graph, part, options.k).ids for part in parts])
+
+    def exact(state: Any, q: jax.Array) -> Any:
+        return search(state[0], q, options.k, reproducible=options.reproducible)
+
     base = {batch: timings(exact, state, options, batch) for batch in options.batches}
     figures["exact"] = [{"batch": batch} | base[batch] for batch in options.batches]
     figures["rows"] = []
     for probes in options.probes:
-        find = jax.jit(functools.partial(_probe, options.k, probes, options.first_pass))
+        find = functools.partial(_probe, options, probes)
         found = jnp.concatenate([find(state, part).ids for part in parts])
         for batch in options.batches:
             row = {"probes": probes, "batch": batch}
@@ -207,8 +212,11 @@ def measure(options: Options) -> dict[str, Any]:
     return figures
 
 
-def _probe(k: int, probes: int, first_pass: str, state: Any, queries: jax.Array) -> Any:
-    return search_cells(*state, queries, k, probes=probes, first_pass=first_pass)
+def _probe(options: Options, probes: int, state: Any, queries: jax.Array) -> Any:
+    return search_cells(
+        *state, queries, options.k, probes=probes, first_pass=options.first_pass,
+        reproducible=options.reproducible,
+    )  # fmt: skip
 
 
 def maintenance(graph: KnowledgeGraph, cells: Any, options: Options) -> dict[str, float]:

@@ -164,10 +164,13 @@ def _training_step(system: MoESystem, variables: Any, graph: KnowledgeGraph | No
         variables, moments, graph, key = state
         key, own = jax.random.split(key)
         (value, out), grads = jax.value_and_grad(loss, has_aux=True)(variables, x, own)
-        updates, moments = optimizer.update(grads, moments, variables)
-        variables = optax.apply_updates(variables, updates)
         if graph is not None:
             graph, _ = system.write(graph, out.proposals)
+            # The write first: the host waits for its branches, and starts the next step while the
+            # device is busy with the update.
+            graph, grads = jax.lax.optimization_barrier((graph, grads))
+        updates, moments = optimizer.update(grads, moments, variables)
+        variables = optax.apply_updates(variables, updates)
         return (variables, moments, graph, key), (value, out.stats)
 
     state = (variables, jax.jit(optimizer.init)(variables), graph, jax.random.key(1))

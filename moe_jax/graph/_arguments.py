@@ -13,7 +13,8 @@ __all__ = ["check_choice", "ids", "is_live_at", "per_row", "scalar", "vectors", 
 
 def vectors(name: str, value: ArrayLike, dim: int) -> Array:
     """The argument as a float32 [rows, dim] array; ValueError where it has another shape."""
-    value = jnp.asarray(value, jnp.float32)
+    if not (isinstance(value, jax.Array) and value.dtype == jnp.float32):  # it takes the host long
+        value = jnp.asarray(value, jnp.float32)
     if value.ndim != 2 or value.shape[-1] != dim:
         raise ValueError(
             f"{name} must have shape [rows, {dim}], {dim} being the width of the graph's keys, "

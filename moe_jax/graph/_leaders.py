@@ -78,11 +78,12 @@ def compare(
     items one at a time gives while there is room.
     """
     num_items = items.key.shape[0]
-    old_id, old_score = nearest(
+    old = nearest(
         items.key, graph.key, graph.is_live, k, threshold, code=graph.codes, is_query=items.is_valid
     )
-    old_id = jnp.where(items.is_valid[:, None], old_id, graph.num_nodes)
-    old_score = jnp.where(items.is_valid[:, None], old_score, -jnp.inf)
+    is_there = old.is_valid & items.is_valid[:, None]
+    old_id = jnp.where(is_there, old.ids, graph.num_nodes)
+    old_score = jnp.where(is_there, old.scores, -jnp.inf)
     score = exact_cosine(items.key, items.key)
     is_earlier = jnp.tri(num_items, k=-1, dtype=bool)
     may_lead = items.is_valid & (old_score[:, 0] < threshold)

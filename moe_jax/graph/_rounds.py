@@ -198,8 +198,8 @@ def _best_old(
     def look_again() -> tuple[Array, Array]:
         is_candidate = graph.is_live[None, :] & (fates.old[None, :] >= turn[:, None])
         is_candidate &= is_used_up[:, None]
-        ids, scores = nearest(items.key, graph.key, is_candidate, 1, floor=problem.threshold)
-        found, score = ids[:, 0], scores[:, 0]
+        hits = nearest(items.key, graph.key, is_candidate, 1, floor=problem.threshold)
+        found, score = hits.ids[:, 0], jnp.where(hits.is_valid, hits.scores, -jnp.inf)[:, 0]
         return jnp.where(is_used_up, found, best_id), jnp.where(is_used_up, score, best)
 
     return jax.lax.cond(jnp.any(is_used_up), look_again, lambda: (best_id, best))

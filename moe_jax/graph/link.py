@@ -215,12 +215,13 @@ def _others(
 ) -> tuple[Int[Array, "R k"], Float[Array, "R k"]]:
     """The k live nodes other than itself most similar to each query; N and -inf where fewer."""
     # One more than asked for, since the node itself is most often the first.
-    target, score = nearest(
+    hits = nearest(
         queries, graph.key, graph.is_live, min(k + 1, graph.num_nodes), threshold,
         code=graph.codes, is_query=is_valid, precision="scored",
     )  # fmt: skip
-    is_other = (target != node_id[:, None]) & is_valid[:, None]
-    score = jnp.where(is_other, score, -jnp.inf)
+    target = hits.ids
+    is_other = hits.is_valid & (target != node_id[:, None]) & is_valid[:, None]
+    score = jnp.where(is_other, hits.scores, -jnp.inf)
     order = jnp.argsort(~is_other, axis=1, stable=True)[:, :k]
     score = jnp.take_along_axis(score, order, axis=1)
     target = jnp.take_along_axis(target, order, axis=1)

@@ -2,18 +2,21 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.graph._arguments import check_choice, per_row, vectors, whole_number
-from moe_jax.graph._filters import FILTERS
+from moe_jax.graph._arguments import check_choice, vectors, whole_number
+from moe_jax.graph._filters import FILTERS, given_filters, shared_mask
 from moe_jax.graph.cells import Cells, check_cells
 from moe_jax.graph.query import Hits
 from moe_jax.graph.state import KnowledgeGraph
+from moe_jax.ops import _cells_gpu, _coded_gpu
 from moe_jax.ops.blocks import in_blocks
+from moe_jax.ops.code import Code
 from moe_jax.ops.similarity import exact_cosine_pairs, normalize
 
 __all__ = ["search_cells"]
@@ -24,6 +27,8 @@ _QUICK = 16
 _SHORT = 1024
 # So many coordinates of candidates are read at once: where a compiler stores them, 1 GiB.
 _CODES_AT_ONCE = 2**30
+# So many places of cells are scored at once, 2 GiB of rows and scores.
+_PLACES_AT_ONCE = 2**28
 
 
 def search_cells(
@@ -39,14 +44,16 @@ def search_cells(
     as_of: ArrayLike | None = None,
     min_confidence: ArrayLike | None = None,
     first_pass: str = "codes",
+    reproducible: bool = True,
+    implementation: str | None = None,
 ) -> Hits:
     """The most similar live nodes among those in the cells most similar to each query.
 
-    Approximate: a node in a cell that is not probed is not found. The cosines of what is found are
-    those of `search`, to the bit, best first, ties to the lower id. The overflow list is always
-    scanned. Each filter is one value for all queries or one per query; a filter that few nodes
-    pass needs more probes. A query reads about 4 L D bytes of centroids and P D bytes of codes for
-    each probe, without a loop or a branch in the program. No gradient flows through.
+    Approximate: a node in a cell that is not probed is not found. If `reproducible`, the cosines of
+    what is found are those of `search`, to the bit, best first, ties to the lower id. The overflow
+    list is always scanned. Each filter is one value for all queries or one per query; a filter that
+    few nodes pass needs more probes. A query reads about 4 L D bytes of centroids and P D bytes of
+    codes for each probe, without a branch in the program. No gradient flows through.
 
     Args:
       graph: the graph.
@@ -62,13 +69,18 @@ def search_cells(
       first_pass: "codes" chooses some more than k by the graph's eight-bit codes, so that a
         near-tie at the end of that choice may be lost; "keys" scores every probed node exactly,
         reads four times as much, and with all cells probed gives what `search` gives.
+      reproducible: False is faster: on GPUs the cosines are as a float32 sum gives them.
+      implementation: "pallas", four kernels for NVIDIA GPUs that take codes, k up to 24, widths
+        that 64 divides and filters that are the same for all queries; or "xla". By default the
+        faster one that can take the call.
 
     Returns:
       `Hits` of shape [Q, k].
 
     Raises:
-      ValueError: if an argument has the wrong shape, k or probes is out of range, first_pass is
-        unknown, or the cells are of another size of graph.
+      ValueError: if an argument has the wrong shape, k or probes is out of range, first_pass or
+        implementation is unknown or cannot take the call, or the cells are of another size of
+        graph.
 
     Example:
       >>> graph, _ = insert(KnowledgeGraph.create(16, 2), jnp.eye(2))
@@ -78,104 +90,162 @@ def search_cells(
     """
     check_cells(graph, cells)
     check_choice("first_pass", first_pass, ("codes", "keys"))
-    queries = normalize(vectors("queries", queries, graph.dim))
-    rows = queries.shape[0]
+    queries = vectors("queries", queries, graph.dim)
     k = whole_number("k", k, 1, graph.num_nodes, " (node slots)")
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
     probes = min(probes, cells.num_cells)
-    given = {
-        "expert_id": expert_id,
-        "kind": kind,
-        "as_of": as_of,
-        "min_confidence": min_confidence,
-    }
-    wanted = {
-        name: per_row(name, value, rows, 0, FILTERS[name].dtype)
-        for name, value in given.items()
-        if value is not None
-    }
+    given = (expert_id, kind, as_of, min_confidence)
+    wanted, fields = given_filters(graph, queries.shape[0], given)
+    can_fuse = first_pass == "codes" and k <= _coded_gpu.MAX_K
+    can_fuse &= _cells_gpu.is_supported(cells.num_cells, graph.dim)
+    can_fuse &= all(value.ndim == 0 for value in wanted.values())
+    if implementation is None:
+        implementation = "pallas" if can_fuse and jax.default_backend() == "gpu" else "xla"
+    check_choice("implementation", implementation, ("pallas", "xla"))
+    if implementation == "pallas" and not can_fuse:
+        raise ValueError(
+            "implementation='pallas' needs first_pass='codes', "
+            f"k up to {_coded_gpu.MAX_K}, a width that 64 divides and filters of one value, got "
+            f"{first_pass=}, {k=}, width {graph.dim} and filters of shapes "
+            f"{ {name: value.shape for name, value in wanted.items()} }"
+        )
+    if isinstance(threshold, float) and threshold == -1.0:
+        threshold = None  # spares a transfer in each call
+    # Only what a search reads: handing over whole states takes the host longer than the search.
+    table = _Table(graph.key, graph.codes, graph.is_live, fields)
     return _search(
-        graph, cells, queries, wanted, threshold, k=k, probes=probes, first_pass=first_pass
-    )
+        table, cells.centroids, cells.members, cells.overflow, queries, wanted, threshold,
+        k=k, probes=probes, first_pass=first_pass, reproducible=reproducible,
+        implementation=implementation,
+    )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("k", "probes", "first_pass"))
+class _Table(NamedTuple):
+    """What a search reads of a graph; `fields` are those that filters compare."""
+
+    key: Float[Array, "N D"]
+    codes: Code
+    is_live: Bool[Array, "N"]
+    fields: dict[str, Array]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("k", "probes", "first_pass", "reproducible", "implementation")
+)
 def _search(
-    graph: KnowledgeGraph,
-    cells: Cells,
+    table: _Table,
+    centroids: Float[Array, "L D"],
+    members: Int[Array, "L P"],
+    overflow: Int[Array, "V"],
     queries: Float[Array, "Q D"],
     wanted: dict[str, Array],
-    threshold: ArrayLike,
+    threshold: ArrayLike | None,
     *,
     k: int,
     probes: int,
     first_pass: str,
+    reproducible: bool,
+    implementation: str,
 ) -> Hits:
-    graph, queries = jax.lax.stop_gradient((graph, queries))
-    size = probes * cells.members.shape[1] + cells.overflow.shape[0]
-    at_once = max(1, _CODES_AT_ONCE // (size * graph.dim))
-    some = functools.partial(_search_some, graph, cells, threshold, k, probes, first_pass)
-    return in_blocks(some, (queries, wanted), at_once)
+    table, queries = jax.lax.stop_gradient((table, queries))
+    num_nodes, dim = table.key.shape
+    size = probes * members.shape[1] + overflow.shape[0]
+
+    def by_kernels(queries: Float[Array, "Q D"]) -> Hits:
+        num_picked = _coded_gpu.num_to_pick(k)
+        found = _cells_gpu.probe(
+            queries, table.key, table.codes, shared_mask(table.is_live, wanted, table.fields),
+            centroids, members, overflow, probes, num_picked, num_picked if reproducible else k,
+            interpret=jax.default_backend() != "gpu",
+        )  # fmt: skip
+        if not reproducible:
+            return Hits(found.ids, found.scores, found.is_found)
+        row = jnp.minimum(found.ids, num_nodes - 1)
+        score = _exact(table, normalize(queries), row)
+        return _in_order(row, score, found.is_found, k, num_nodes)
+
+    def by_xla(queries: Float[Array, "Q D"], wanted: dict[str, Array]) -> Hits:
+        queries = normalize(queries)
+        node_id = _candidates(centroids, members, overflow, queries, probes)
+        return _best_of(table, queries, node_id, wanted, k, first_pass)
+
+    if implementation == "pallas":
+        at_once = max(1, _PLACES_AT_ONCE // (size + members.shape[1]))
+        hits = in_blocks(by_kernels, (queries,), at_once)
+    else:
+        rows = queries.shape[0]
+        wanted = {name: jnp.broadcast_to(value, (rows,)) for name, value in wanted.items()}
+        hits = in_blocks(by_xla, (queries, wanted), max(1, _CODES_AT_ONCE // (size * dim)))
+    if threshold is None:
+        return hits
+    is_hit = hits.is_valid & (hits.scores >= threshold)
+    ids, scores = jnp.where(is_hit, hits.ids, num_nodes), jnp.where(is_hit, hits.scores, 0.0)
+    return Hits(ids, scores, is_hit)
 
 
-def _search_some(
-    graph: KnowledgeGraph,
-    cells: Cells,
-    threshold: ArrayLike,
-    k: int,
-    probes: int,
-    first_pass: str,
+def _best_of(
+    table: _Table,
     queries: Float[Array, "Q D"],
+    node_id: Int[Array, "Q F"],
     wanted: dict[str, Array],
+    k: int,
+    first_pass: str,
 ) -> Hits:
-    node_id = _candidates(cells, queries, probes)
-    is_valid = _is_accepted(graph, node_id, wanted)
+    """The best k of the nodes given for each query."""
+    num_nodes = table.key.shape[0]
+    is_valid = _is_accepted(table, node_id, wanted)
     is_valid &= jnp.any(queries != 0.0, axis=1)[:, None]
-    row = jnp.minimum(node_id, graph.num_nodes - 1)
+    row = jnp.minimum(node_id, num_nodes - 1)
     if first_pass == "codes":
         fetch = min(_QUICK if k <= _QUICK - 4 else k + max(8, k // 4), row.shape[1])
         # A plain reduction: the gather of the codes fuses into it, and nothing large is stored.
-        score = jnp.sum(graph.code[row].astype(jnp.float32) * queries[:, None, :], axis=-1)
-        score = jnp.where(is_valid, score * graph.code_scale[row], -jnp.inf)
+        code = table.codes.code[row].astype(jnp.float32)
+        score = jnp.sum(code * queries[:, None, :], axis=-1)
+        score = jnp.where(is_valid, score * table.codes.scale[row], -jnp.inf)
         score, at = _top_k(score, fetch)
         row = jnp.take_along_axis(row, at, axis=1)
         is_valid = score > -jnp.inf
-        score = _exact(graph, queries, row)
+        score = _exact(table, queries, row)
     else:
-        score = jnp.where(is_valid, _exact(graph, queries, row), -jnp.inf)
+        score = jnp.where(is_valid, _exact(table, queries, row), -jnp.inf)
         at = _best(score, row, min(k, row.shape[1]))
         row, score, is_valid = (jnp.take_along_axis(a, at, 1) for a in (row, score, is_valid))
-    is_hit = is_valid & (score >= threshold)
-    return _in_order(row, score, is_hit, k, graph.num_nodes)
+    return _in_order(row, score, is_valid, k, num_nodes)
 
 
-def _candidates(cells: Cells, queries: Float[Array, "Q D"], probes: int) -> Int[Array, "Q F"]:
+def _candidates(
+    centroids: Float[Array, "L D"],
+    members: Int[Array, "L P"],
+    overflow: Int[Array, "V"],
+    queries: Float[Array, "Q D"],
+    probes: int,
+) -> Int[Array, "Q F"]:
     """The ids in the cells that each query probes and in the overflow list, N in empty places."""
     rows = queries.shape[0]
-    cosine = jnp.matmul(queries, cells.centroids.T, precision=jax.lax.Precision.HIGHEST)
+    cosine = jnp.matmul(queries, centroids.T, precision=jax.lax.Precision.HIGHEST)
     _, cell = _top_k(cosine, probes)
-    inside = cells.members[cell].reshape(rows, -1)
-    overflow = jnp.broadcast_to(cells.overflow[None], (rows, cells.overflow.shape[0]))
+    inside = members[cell].reshape(rows, -1)
+    overflow = jnp.broadcast_to(overflow[None], (rows, overflow.shape[0]))
     return jnp.concatenate([inside, overflow], axis=1)
 
 
 def _is_accepted(
-    graph: KnowledgeGraph, node_id: Int[Array, "Q F"], wanted: dict[str, Array]
+    table: _Table, node_id: Int[Array, "Q F"], wanted: dict[str, Array]
 ) -> Bool[Array, "Q F"]:
     """Whether a node is live and passes the filters."""
-    row = jnp.minimum(node_id, graph.num_nodes - 1)
-    accepted = (node_id < graph.num_nodes) & graph.is_live[row]
+    num_nodes = table.key.shape[0]
+    row = jnp.minimum(node_id, num_nodes - 1)
+    accepted = (node_id < num_nodes) & table.is_live[row]
     for name, value in wanted.items():
-        field = getattr(graph, FILTERS[name].field)
-        accepted &= FILTERS[name].compare(field[row], value[:, None])
+        accepted &= FILTERS[name].compare(table.fields[name][row], value[:, None])
     return accepted
 
 
 def _exact(
-    graph: KnowledgeGraph, queries: Float[Array, "Q D"], row: Int[Array, "Q F"]
+    table: _Table, queries: Float[Array, "Q D"], row: Int[Array, "Q F"]
 ) -> Float[Array, "Q F"]:
-    keys = graph.key[row]
+    keys = table.key[row]
     return exact_cosine_pairs(jnp.broadcast_to(queries[:, None, :], keys.shape), keys)
 
 

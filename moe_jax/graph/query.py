@@ -1,36 +1,21 @@
 """Read a knowledge graph: search by cosine."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.graph._arguments import per_row, scalar, vectors, whole_number
-from moe_jax.graph._filters import FILTERS
+from moe_jax._types import Array, Bool, Float
+from moe_jax.graph._arguments import scalar, vectors, whole_number
+from moe_jax.graph._filters import FILTERS, given_filters, shared_mask
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops.blocks import in_blocks
 from moe_jax.ops.code import Code
+from moe_jax.ops.nearest import Hits as Hits
 from moe_jax.ops.nearest import nearest
-from moe_jax.ops.similarity import normalize
 
 __all__ = ["Hits", "search"]
-
-
-class Hits(NamedTuple):
-    """What `search` found, best first.
-
-    Attributes:
-      ids: int32 [Q, k], node ids, N where there is no hit.
-      scores: float32 [Q, k], cosines, 0 where there is no hit.
-      is_valid: bool [Q, k].
-    """
-
-    ids: Int[Array, "Q k"]
-    scores: Float[Array, "Q k"]
-    is_valid: Bool[Array, "Q k"]
 
 
 def search(
@@ -82,26 +67,13 @@ def search(
     """
     queries = vectors("queries", queries, graph.dim)
     k = whole_number("k", k, 1, graph.num_nodes, " (node slots)")
-    rows = queries.shape[0]
-    given = {
-        "expert_id": expert_id,
-        "kind": kind,
-        "as_of": as_of,
-        "min_confidence": min_confidence,
-    }
-    filters = {
-        # One value for all queries stays one: its mask is shared, and the fast pass can take it.
-        name: scalar(name, value, FILTERS[name].dtype) if jnp.ndim(value) == 0 else
-        per_row(name, value, rows, 0, FILTERS[name].dtype)
-        for name, value in given.items()
-        if value is not None
-    }  # fmt: skip
+    given = (expert_id, kind, as_of, min_confidence)
+    filters, fields = given_filters(graph, queries.shape[0], given)
     if isinstance(threshold, float) and threshold == -1.0:
         threshold = None  # spares a transfer in each call
     else:
         threshold = scalar("threshold", threshold, jnp.float32)
     # Only what a search reads: handing over the whole graph takes the host longer than the search.
-    fields = {name: getattr(graph, FILTERS[name].field) for name in filters}
     return _search(
         graph.key, graph.codes, graph.is_live, fields, queries, filters, threshold,
         k=k, reproducible=reproducible, implementation=implementation,
@@ -127,26 +99,25 @@ def _search(
     implementation: str | None,
 ) -> Hits:
     keys, codes, queries = jax.lax.stop_gradient((keys, codes, queries))
-    queries, num_nodes = normalize(queries), keys.shape[0]
     floor = -jnp.inf if threshold is None else threshold
-    is_candidate = is_live
-    for name, wanted in filters.items():
-        if wanted.ndim == 0:
-            is_candidate &= FILTERS[name].compare(fields[name], wanted)
+    is_candidate = shared_mask(is_live, filters, fields)
     by_query = {name: wanted for name, wanted in filters.items() if wanted.ndim == 1}
     precision = "exact" if reproducible else "quick"
 
-    def find(queries: Float[Array, "Q D"], by_query: dict[str, Array]) -> tuple[Array, Array]:
+    def find(queries: Float[Array, "Q D"], by_query: dict[str, Array]) -> Hits:
         mask = is_candidate
         for name, wanted in by_query.items():
             accepted = FILTERS[name].compare(fields[name][None, :], wanted[:, None])
             mask = jnp.atleast_2d(mask) & accepted
         return nearest(
-            queries, keys, mask, k, floor, code=codes, precision=precision,
+            queries, keys, mask, k, floor, code=codes, precision=precision, is_unit=False,
             is_query=jnp.any(queries != 0.0, axis=-1), implementation=implementation,
         )  # fmt: skip
 
-    ids, scores = in_blocks(find, (queries, by_query), max(1, _SCORES_AT_ONCE // num_nodes))
-    is_hit = (scores > -jnp.inf) & (scores >= floor)
-    is_hit = is_hit & jnp.any(queries != 0.0, axis=-1, keepdims=True)
-    return Hits(jnp.where(is_hit, ids, num_nodes), jnp.where(is_hit, scores, 0.0), is_hit)
+    num_nodes = keys.shape[0]
+    hits = in_blocks(find, (queries, by_query), max(1, _SCORES_AT_ONCE // num_nodes))
+    if threshold is None:
+        return hits
+    is_hit = hits.is_valid & (hits.scores >= threshold)
+    ids, scores = jnp.where(is_hit, hits.ids, num_nodes), jnp.where(is_hit, hits.scores, 0.0)
+    return Hits(ids, scores, is_hit)

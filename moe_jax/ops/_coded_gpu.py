@@ -2,12 +2,13 @@
 
 The first multiplies queries by codes and keeps only an upper bound of the cosine for every chunk of
 rows, so that queries x rows never exists; it is limited by reading the codes, or by the integer
-matrix units. The second takes the most promising chunks of a query, scores their rows by code, and
-picks the most promising rows. No row outside the pick has a larger cosine than the bound returned.
+matrix units. The second takes the most promising chunks of a query, scores their rows by code,
+picks the most promising rows, scores those in full and sorts them. No row outside the pick has a
+larger cosine than the bound returned. A small kernel before them normalises and codes the queries
+at once: for few queries every launch counts.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,33 +16,39 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops.code import Code, encode
+from moe_jax.ops._kernel_parts import (
+    Found,
+    code_of,
+    direction,
+    found_shapes,
+    largest,
+    load_queries,
+    score_and_store,
+    step_of,
+    whole,
+)
+from moe_jax.ops.code import Code
 
-__all__ = ["is_supported", "pick"]
+__all__ = ["MAX_K", "is_supported", "num_to_pick", "pick"]
+
+MAX_K = 24
+"""The largest k that `pick` is meant for."""
 
 _TILE = 128  # rows of codes that one program multiplies
-_GROUP = 512  # rows that the second kernel scores at a time
+_GROUP = 512  # rows that the second kernel scores at a time, _STEP coordinates in one go
+_STEP = 128
+_MANY = 1024  # queries that fill a GPU with programs of four warps
 _MAX_CHUNKS = 8192  # bounds of a query that fit the second kernel's registers
-_LOWEST = -(2**31)
-
-
-class Picked(NamedTuple):
-    """The most promising rows of each query.
-
-    Attributes:
-      ids: int32 [Q, F], by descending score, then ascending; N where there are fewer candidates.
-      scores: float32 [Q, F], cosines as a float32 sum gives them; -inf where there are fewer.
-      unseen: float32 [Q], a bound on the cosine of every candidate that was not picked.
-    """
-
-    ids: Int[Array, "Q F"]
-    scores: Float[Array, "Q F"]
-    unseen: Float[Array, "Q"]
 
 
 def is_supported(num_rows: int, dim: int) -> bool:
     """Whether `pick` can take such sizes: at least a tile of rows, and a width in whole steps."""
-    return num_rows >= _TILE and dim % 64 == 0
+    return num_rows >= _TILE and dim % 64 == 0 and dim <= 4096
+
+
+def num_to_pick(k: int) -> int:
+    """How many rows to score in full for the best k: some more, and a power of two."""
+    return 16 if k <= 11 else 32
 
 
 def pick(
@@ -50,35 +57,46 @@ def pick(
     table: Code,
     is_candidate: Bool[Array, "N"],
     num_picked: int,
+    k: int,
     *,
     interpret: bool = False,
-) -> Picked:
+) -> Found:
     """Pick the rows that may have the largest cosines to each query, and score them.
 
     Args:
-      queries: float32 [Q, D], unit vectors.
+      queries: float32 [Q, D], of any length; one without a direction finds nothing.
       keys: float32 [N, D], unit vectors.
       table: their codes.
       is_candidate: bool [N], the rows that may be picked.
-      num_picked: F, 16 or 32.
+      num_picked: F, a power of two from 16, how many are scored in full.
+      k: how many of them are returned, at most F.
       interpret: run the kernels as ordinary operations, on any device, to test them.
 
     Returns:
-      The rows `Picked`.
+      `Found`.
     """
-    short = encode(queries)
-    table = table._replace(error=jnp.where(is_candidate, table.error, -jnp.inf))
-    bounds = _chunk_bounds(short, table, interpret=interpret)
+    coded = _encode(queries, interpret=interpret)
+    bounds = _chunk_bounds(*coded, table, is_candidate, interpret=interpret)
     rows_per_chunk = _rows_per_chunk(table.code.shape[0])
     joined = rows_per_chunk // min(rows_per_chunk, _TILE)
     if joined > 1:
         pad = -bounds.shape[1] % joined
         bounds = jnp.pad(bounds, ((0, 0), (0, pad)), constant_values=-jnp.inf)
         bounds = jnp.max(bounds.reshape(bounds.shape[0], -1, joined), axis=2)
-    picked = _select(
-        queries, short, keys, table, bounds, rows_per_chunk, num_picked, interpret=interpret
-    )
-    return picked._replace(unseen=picked.unseen + short.error)
+    kernel = functools.partial(_select_kernel, num_picked=num_picked, rows_per_chunk=rows_per_chunk)
+    inputs = (bounds, queries, keys, table.code, table.scale, table.error, is_candidate)
+    shapes = found_shapes(queries.shape[0], k)
+    warps = 4 if queries.shape[0] >= _MANY else 8
+    return pl.pallas_call(
+        kernel,
+        grid=(queries.shape[0],),
+        in_specs=[whole(x.shape) for x in inputs],
+        out_specs=jax.tree.map(lambda x: whole(x.shape), shapes),
+        out_shape=shapes,
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
+        interpret=interpret,
+        name="select",
+    )(*inputs)
 
 
 def _rows_per_chunk(num_rows: int) -> int:
@@ -100,35 +118,73 @@ def _row(position: Array, num_rows: int) -> tuple[Array, Array]:
     return row, (row >= tile * _TILE) & (row < num_rows)
 
 
-def _chunk_bounds(queries: Code, table: Code, *, interpret: bool) -> Float[Array, "Q C"]:
+def _query_block(num_queries: int) -> int:
+    return next((size for size in (16, 32, 64) if num_queries <= size), 128)
+
+
+def _encode(
+    queries: Float[Array, "Q D"], *, interpret: bool
+) -> tuple[Int[Array, "P D"], Float[Array, "P"]]:
+    """Codes of queries and their scales, filled up with zeros to whole blocks of queries."""
+    num_queries, dim = queries.shape
+    rows = num_queries + -num_queries % _query_block(num_queries)
+
+    def kernel(query_ref, code_ref, scale_ref):
+        at = pl.program_id(0)
+        x = load_queries(query_ref, at, 1)
+        towards = direction(x)
+        column = jax.lax.iota(jnp.int32, x.shape[1])
+        code = code_of(x, towards).astype(jnp.int8)
+        column = jnp.minimum(column, dim - 1)[None, :], (column < dim)[None, :]
+        plgpu.store(code_ref.at[at + jnp.zeros_like(column[0]), column[0]], code, mask=column[1])
+        scale_ref[at] = jnp.max(towards.scale)
+
+    shapes = ((rows, dim), jnp.int8), ((rows,), jnp.float32)
+    return pl.pallas_call(
+        kernel,
+        grid=(rows,),
+        in_specs=[whole(queries.shape)],
+        out_specs=[whole(shape) for shape, _ in shapes],
+        out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+        interpret=interpret,
+        name="encode",
+    )(queries)
+
+
+def _chunk_bounds(
+    code: Int[Array, "P D"],
+    scale: Float[Array, "P"],
+    table: Code,
+    is_candidate: Bool[Array, "N"],
+    *,
+    interpret: bool,
+) -> Float[Array, "P C"]:
     """An upper bound on the cosine, but for the query's own error, over each chunk of rows."""
-    num_queries, dim = queries.code.shape
+    num_queries, dim = code.shape
     num_rows = table.code.shape[0]
-    block = next((size for size in (16, 32, 64) if num_queries <= size), 128)
-    pad = -num_queries % block
-    code = jnp.pad(queries.code, ((0, pad), (0, 0)))
-    scale = jnp.pad(queries.scale, (0, pad))
+    block = _query_block(num_queries)
     tiles = -(-num_rows // _TILE)
     per_tile = _TILE // min(_rows_per_chunk(num_rows), _TILE)
-    step = next(s for s in ((256, 128, 64) if block < 128 else (128, 64)) if dim % s == 0)
+    step = step_of(dim, 256 if block < 128 else 128)
     kernel = functools.partial(_chunk_bounds_kernel, block=block, step=step, per_tile=per_tile)
-    inputs = (code, scale, table.code, table.scale, table.error)
-    bounds = pl.pallas_call(
+    inputs = (code, scale, *table, is_candidate)
+    return pl.pallas_call(
         kernel,
-        grid=(tiles, code.shape[0] // block),
-        in_specs=[_whole(x.shape) for x in inputs],
-        out_specs=_whole((code.shape[0], tiles * per_tile)),
-        out_shape=jax.ShapeDtypeStruct((code.shape[0], tiles * per_tile), jnp.float32),
+        grid=(tiles, num_queries // block),
+        in_specs=[whole(x.shape) for x in inputs],
+        out_specs=whole((num_queries, tiles * per_tile)),
+        out_shape=jax.ShapeDtypeStruct((num_queries, tiles * per_tile), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=4 if block < 128 else 8, num_stages=3),
         interpret=interpret,
         name="chunk_bounds",
     )(*inputs)
-    return bounds[:num_queries]
 
 
 def _chunk_bounds_kernel(
-    code_ref, scale_ref, rows_ref, rows_scale_ref, rows_error_ref, out_ref, *, block, step, per_tile
-):
+    code_ref, scale_ref, rows_ref, rows_scale_ref, rows_error_ref, counts_ref, out_ref,
+    *, block, step, per_tile,
+):  # fmt: skip
     num_rows, dim = rows_ref.shape
     tile, first_query = pl.program_id(0), pl.program_id(1) * block
     start = jnp.minimum(tile * _TILE, num_rows - _TILE)
@@ -143,10 +199,11 @@ def _chunk_bounds_kernel(
     total = jnp.zeros((block, _TILE), jnp.int32)
     total = jax.lax.fori_loop(0, dim // step, multiply, total)
     # The rows that the tile before has do not count again.
-    is_own = start + jax.lax.iota(jnp.int32, _TILE) >= tile * _TILE
-    error = jnp.where(is_own, rows_error_ref[pl.ds(start, _TILE)], -jnp.inf)
+    counts = start + jax.lax.iota(jnp.int32, _TILE) >= tile * _TILE
+    counts = counts & counts_ref[pl.ds(start, _TILE)]
+    error = jnp.where(counts, rows_error_ref[pl.ds(start, _TILE)], -jnp.inf)
     # One multiply-add for each product; a chunk's largest error and the query's scale come after.
-    out_of_play = jnp.where(error > -jnp.inf, 0.0, -jnp.inf)
+    out_of_play = jnp.where(counts, 0.0, -jnp.inf)
     scale = rows_scale_ref[pl.ds(start, _TILE)]
     bound = total.astype(jnp.float32) * scale[None, :] + out_of_play[None, :]
     # In two steps, since a reduction across a whole tile row takes Triton twice as long.
@@ -155,54 +212,29 @@ def _chunk_bounds_kernel(
     if fine > per_tile:
         best = jnp.max(best.reshape(block, per_tile, fine // per_tile), axis=2)
     error = jnp.max(error.reshape(per_tile, _TILE // per_tile), axis=1)
-    best = best * scale_ref[pl.ds(first_query, block)][:, None] + error[None, :]
+    # No direction has the scale 0, which would make a nothing of minus infinity.
+    query_scale = jnp.maximum(scale_ref[pl.ds(first_query, block)], 1e-30)
+    best = best * query_scale[:, None] + error[None, :]
     out_ref[pl.ds(first_query, block), pl.ds(tile * per_tile, per_tile)] = best
 
 
-def _select(
-    queries: Float[Array, "Q D"],
-    short: Code,
-    keys: Float[Array, "N D"],
-    table: Code,
-    bounds: Float[Array, "Q C"],
-    rows_per_chunk: int,
-    num_picked: int,
-    *,
-    interpret: bool,
-) -> Picked:
-    """The rows with the largest bounds, but for the queries' own error in `unseen`."""
-    num_queries = bounds.shape[0]
-    kernel = functools.partial(_select_kernel, num_picked=num_picked, rows_per_chunk=rows_per_chunk)
-    inputs = (bounds, queries, short.code, short.scale, keys, *table)
-    shape = (num_queries, num_picked)
-    shapes = (shape, jnp.int32), (shape, jnp.float32), ((num_queries,), jnp.float32)
-    found = pl.pallas_call(
-        kernel,
-        grid=(num_queries,),
-        in_specs=[_whole(x.shape) for x in inputs],
-        out_specs=[_whole(shape) for shape, _ in shapes],
-        out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-        name="select",
-    )(*inputs)
-    return Picked(*found)
-
-
 def _select_kernel(
-    bounds_ref, query_ref, code_ref, scale_ref, key_ref, rows_ref, rows_scale_ref, rows_error_ref,
-    ids_ref, scores_ref, unseen_ref, *, num_picked, rows_per_chunk,
+    bounds_ref, query_ref, key_ref, rows_ref, rows_scale_ref, rows_error_ref, counts_ref,
+    ids_ref, scores_ref, is_found_ref, unseen_ref, *, num_picked, rows_per_chunk,
 ):  # fmt: skip
     query, num_chunks = pl.program_id(0), bounds_ref.shape[1]
     num_rows, dim = rows_ref.shape
+    x = load_queries(query_ref, query, 1)
+    towards = direction(x)
     chunk = jax.lax.iota(jnp.int32, pl.next_power_of_2(num_chunks))
     bound = plgpu.load(bounds_ref.at[query, chunk], mask=chunk < num_chunks, other=-jnp.inf)
-    chunks, left_out = _largest(bound, None, num_picked, nothing=chunk.shape[0])
+    chunks, left_out = largest(bound, None, num_picked, nothing=chunk.shape[0])
 
     num_positions = num_picked * rows_per_chunk
     group = min(_GROUP, num_positions)
-    scale = scale_ref[query]
+    scale = jnp.max(towards.scale)
     slot = jax.lax.iota(jnp.int32, num_picked)
+    step = step_of(dim, _STEP)
 
     def score(g, found):
         position = g * group + jax.lax.iota(jnp.int32, group)
@@ -210,16 +242,18 @@ def _select_kernel(
         own = jnp.sum(jnp.where(is_mine, chunks[None, :], 0), axis=1)
         row, counts = _row(own * rows_per_chunk + position % rows_per_chunk, num_rows)
         row = jnp.where(counts, row, 0)
+        counts = counts & plgpu.load(counts_ref.at[row])
 
         def multiply(i, total):
-            at = i * 64 + jax.lax.iota(jnp.int32, 64)
-            part = jnp.broadcast_to(code_ref[query, pl.ds(i * 64, 64)][None, :], (16, 64))
+            at = i * step + jax.lax.iota(jnp.int32, step)
+            part = code_of(query_ref[query, pl.ds(i * step, step)][None, :], towards)
+            part = jnp.broadcast_to(part.astype(jnp.int8), (16, step))
             rows = plgpu.load(rows_ref.at[row[:, None], at[None, :]])
             return total + jax.lax.dot_general(
                 rows, part, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
             )
 
-        total = jax.lax.fori_loop(0, dim // 64, multiply, jnp.zeros((group, 16), jnp.int32))
+        total = jax.lax.fori_loop(0, dim // step, multiply, jnp.zeros((group, 16), jnp.int32))
         total = jnp.max(total, axis=1).astype(jnp.float32)
         bound = total * plgpu.load(rows_scale_ref.at[row]) * scale
         bound = bound + plgpu.load(rows_error_ref.at[row])
@@ -234,61 +268,11 @@ def _select_kernel(
     found = (jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, num_rows, jnp.int32))
     bound, row = jax.lax.fori_loop(0, shape[0], score, found)
     bound, row = bound.reshape(num_positions), row.reshape(num_positions)
-    ids, second = _largest(bound, row, num_picked, nothing=num_rows)
-    unseen_ref[query] = jnp.maximum(left_out, second)
-
-    def add(i, total):
-        at = i * 64 + jax.lax.iota(jnp.int32, 64)
-        key = plgpu.load(key_ref.at[jnp.minimum(ids, num_rows - 1)[:, None], at[None, :]])
-        return total + jnp.sum(key * query_ref[query, pl.ds(i * 64, 64)][None, :], axis=1)
-
-    score = jax.lax.fori_loop(0, dim // 64, add, jnp.zeros(num_picked, jnp.float32))
-    score = jnp.where(ids < num_rows, score, -jnp.inf)
-    # Each goes where as many as are before it leave it; slots part those that are not there.
-    is_level = (score[None, :] == score[:, None]) & (ids[None, :] == ids[:, None])
-    is_before = (score[None, :] > score[:, None]) | (
-        (score[None, :] == score[:, None]) & (ids[None, :] < ids[:, None])
-    )
-    is_before = is_before | (is_level & (slot[None, :] < slot[:, None]))
-    rank = jnp.sum(is_before.astype(jnp.int32), axis=1)
-    plgpu.store(ids_ref.at[query, rank], ids)
-    plgpu.store(scores_ref.at[query, rank], score)
-
-
-def _largest(
-    bound: Float[Array, "C"], label: Int[Array, "C"] | None, count: int, *, nothing: int
-) -> tuple[Int[Array, "F"], Float[Array, ""]]:
-    """Labels (or positions) of the largest bounds, `nothing` where none is left; bound of the rest.
-
-    Value and position share one integer, so that one reduction finds both: bounds, which lie in
-    [-2, 2], are rounded up to as many bits as the position leaves.
-    """
-    size = bound.shape[0]
-    bits = max(size - 1, 1).bit_length()
-    steps = 2.0 ** (29 - bits)
-    place = jax.lax.iota(jnp.int32, size)
-    packed = jnp.ceil(jnp.clip(bound, -2.0, 2.0) * steps).astype(jnp.int32)
-    packed = packed * 2**bits + (2**bits - 1 - place)
-    packed = jnp.where(bound > -jnp.inf, packed, _LOWEST)
-    slot = jax.lax.iota(jnp.int32, count)
-
-    def take(i, state):
-        packed, taken = state
-        best = jnp.max(packed)
-        is_it = (packed == best) & (packed > _LOWEST)
-        own = 2**bits - 1 - (best & (2**bits - 1))
-        if label is not None:
-            own = jnp.max(jnp.where(is_it, label, -1))
-        own = jnp.where(best > _LOWEST, own, -1)
-        taken = jnp.where((slot == i) & (own >= 0), own, taken)
-        return jnp.where(is_it, _LOWEST, packed), taken
-
-    state = (packed, jnp.full((count,), nothing, jnp.int32))
-    packed, taken = jax.lax.fori_loop(0, count, take, state)
-    rest = jnp.max(packed)
-    bound = ((rest >> bits) + 1).astype(jnp.float32) / steps
-    return taken, jnp.where(rest > _LOWEST, bound, -jnp.inf)
-
-
-def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+    ids, second = largest(bound, row, num_picked, nothing=num_rows)
+    # The bounds are on the product with the query's code: its own rounding comes on top.
+    unit = jnp.where(towards.shift[:, None] > 0, x * towards.shift[:, None], 0.0)
+    rest = unit * towards.to_unit[:, None] - code_of(x, towards) * towards.scale[:, None]
+    own_error = jnp.sqrt(jnp.sum(jnp.sum(rest * rest, axis=1))) * 1.001 + 1e-5
+    unseen_ref[query] = jnp.maximum(left_out, second) + own_error
+    out = Found(ids_ref, scores_ref, is_found_ref, unseen_ref)
+    score_and_store(ids, query, query_ref, key_ref, towards, out)

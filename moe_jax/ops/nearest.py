@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ from jax.typing import ArrayLike
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops import _coded_gpu
 from moe_jax.ops.code import Code
-from moe_jax.ops.similarity import exact_cosine, exact_cosine_pairs
+from moe_jax.ops.similarity import exact_cosine, exact_cosine_pairs, normalize
 from moe_jax.ops.top_k import top_k
 
-__all__ = ["nearest"]
+__all__ = ["Hits", "nearest"]
 
 _OVERFETCH = 8
 
@@ -21,7 +22,21 @@ _OVERFETCH = 8
 _Pick = tuple[Array, Array]
 
 
-@functools.partial(jax.jit, static_argnames=("k", "precision", "implementation"))
+class Hits(NamedTuple):
+    """What a search found, best first.
+
+    Attributes:
+      ids: int32 [Q, k], rows or node ids, N where there is no hit.
+      scores: float32 [Q, k], cosines, 0 where there is no hit.
+      is_valid: bool [Q, k].
+    """
+
+    ids: Int[Array, "Q k"]
+    scores: Float[Array, "Q k"]
+    is_valid: Bool[Array, "Q k"]
+
+
+@functools.partial(jax.jit, static_argnames=("k", "is_unit", "precision", "implementation"))
 def nearest(
     queries: Float[Array, "Q D"],
     keys: Float[Array, "N D"],
@@ -31,9 +46,10 @@ def nearest(
     *,
     code: Code | None = None,
     is_query: Bool[Array, "Q"] | None = None,
+    is_unit: bool = True,
     precision: str = "exact",
     implementation: str | None = None,
-) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
+) -> Hits:
     """The k keys with the largest exact cosine to each query, ties to the lower index.
 
     A first pass picks a few more than k keys: on NVIDIA GPUs, for small k, by eight-bit codes in
@@ -43,13 +59,14 @@ def nearest(
     so that the answer never depends on the pick.
 
     Args:
-      queries: float32 [Q, D], unit vectors (or zeros) from `moe_jax.ops.similarity.normalize`.
-      keys: float32 [N, D], likewise.
+      queries: float32 [Q, D]; one without a direction has no hits.
+      keys: float32 [N, D], unit vectors (or zeros) from `moe_jax.ops.similarity.normalize`.
       is_candidate: bool [N], the keys that may be chosen; or [Q, N], by query.
       k: how many, between 1 and N.
       floor: scores below it need not be told apart; a scalar.
       code: `encode(keys)`, kept beside them; without it the keys themselves are read.
       is_query: bool [Q], the queries that matter, all by default; the others may get any answer.
+      is_unit: whether the queries are unit vectors (or zeros), too; if not, they are normalised.
       precision: "exact" as above. "scored" takes the first pass's pick for good, so that keys
         within the pass's rounding of the k-th (about 1e-3 by code, 1e-6 by matmul) may be missed;
         scores are exact. "quick" also takes plain float32 sums as scores.
@@ -57,8 +74,7 @@ def nearest(
         take the sizes.
 
     Returns:
-      (ids [Q, k] int32, with N where there are fewer than k candidates, and scores [Q, k]
-      float32, with -inf there), best first.
+      `Hits` of shape [Q, k], without any where there are fewer than k candidates.
 
     Raises:
       ValueError: k is out of range, precision or implementation is unknown, or codes cannot be
@@ -66,8 +82,8 @@ def nearest(
 
     Example:
       >>> keys = jnp.eye(3)
-      >>> ids, scores = nearest(keys[:1], keys, jnp.ones(3, bool), 2)
-      >>> ids.tolist(), scores.tolist()
+      >>> hits = nearest(keys[:1], keys, jnp.ones(3, bool), 2)
+      >>> hits.ids.tolist(), hits.scores.tolist()
       ([[0, 1]], [[1.0, 0.0]])
     """
     if precision not in ("exact", "scored", "quick"):
@@ -78,42 +94,51 @@ def nearest(
     if is_query is None:
         is_query = jnp.ones(num_queries, bool)
     mask = jnp.atleast_2d(is_candidate)
+    unit = queries if is_unit else normalize(queries)
 
-    def score_all() -> tuple[Array, Array]:
-        score = jnp.where(mask, exact_cosine(queries, keys), -jnp.inf)
-        best, index = top_k(score, k)
-        return jnp.where(best > -jnp.inf, index, num_keys), best
+    def hits(ids: Array, scores: Array) -> Hits:
+        is_valid = (scores > -jnp.inf) & jnp.any(unit != 0.0, axis=-1, keepdims=True)
+        return Hits(jnp.where(is_valid, ids, num_keys), jnp.where(is_valid, scores, 0.0), is_valid)
 
-    def best_of(pick: _Pick, otherwise: Callable[[], tuple[Array, Array]]) -> tuple[Array, Array]:
+    def score_all() -> Hits:
+        best, index = top_k(jnp.where(mask, exact_cosine(unit, keys), -jnp.inf), k)
+        return hits(index, best)
+
+    def best_of(pick: _Pick, otherwise: Callable[[], Hits]) -> Hits:
         picked, unseen = pick
-        ids, scores = _best_of_picked(queries, keys, picked, k)
+        ids, scores = _best_of_picked(unit, keys, picked, k)
         if precision == "scored" or picked.shape[1] == num_keys:
-            return ids, scores
+            return hits(ids, scores)
         is_close = unseen >= jnp.maximum(scores[:, -1], jnp.asarray(floor, jnp.float32))
         is_close = is_close & (unseen > -jnp.inf) & is_query
-        return jax.lax.cond(jnp.any(is_close), otherwise, lambda: (ids, scores))
+        return jax.lax.cond(jnp.any(is_close), otherwise, lambda: hits(ids, scores))
 
-    def by_matmul() -> tuple[Array, Array]:
+    def by_matmul() -> Hits:
+        if precision == "quick" and jax.default_backend() == "gpu":
+            picked, _ = _pick_by_matmul(unit, keys, mask, k)
+            return hits(*_best_of_picked(unit, keys, picked, k, _cosine_pairs))
         if precision == "quick":
-            scores, ids = top_k(_rough(queries, keys, mask), k)
-            return jnp.where(scores > -jnp.inf, ids, num_keys), scores
-        return best_of(_pick_by_matmul(queries, keys, mask, k), score_all)
+            scores, ids = top_k(_rough(unit, keys, mask), k)
+            return hits(ids, scores)
+        return best_of(_pick_by_matmul(unit, keys, mask, k), score_all)
 
-    def by_code(interpret: bool = False) -> tuple[Array, Array]:
-        picked = _coded_gpu.pick(
-            queries, keys, code, is_candidate, 16 if k <= 11 else 32, interpret=interpret
-        )
+    def by_code(interpret: bool = False) -> Hits:
+        pick = functools.partial(_coded_gpu.pick, interpret=interpret)
+        num_picked = _coded_gpu.num_to_pick(k)
         if precision == "quick":
-            return picked.ids[:, :k], picked.scores[:, :k]
-        return best_of((picked.ids, picked.unseen), by_matmul)
+            found = pick(queries, keys, code, is_candidate, num_picked, k)
+            return Hits(found.ids, found.scores, found.is_found)
+        found = pick(unit, keys, code, is_candidate, num_picked, num_picked)
+        return best_of((found.ids, found.unseen), by_matmul)
 
-    can_code = code is not None and is_candidate.ndim == 1 and k <= 24
+    can_code = code is not None and is_candidate.ndim == 1 and k <= _coded_gpu.MAX_K
     can_code = can_code and _coded_gpu.is_supported(*keys.shape)
     if implementation == "code":
         if not can_code:
             raise ValueError(
                 "implementation='code' needs code, an is_candidate of one axis, at least 128 keys,"
-                f" a width that 64 divides and k up to 24, got keys {keys.shape} and k={k}"
+                f" a width that 64 divides and k up to {_coded_gpu.MAX_K}, got keys {keys.shape} "
+                f"and k={k}"
             )
         return by_code(interpret=jax.default_backend() != "gpu")
     if implementation not in (None, "matmul"):
@@ -167,12 +192,20 @@ def _cosine_in_parts(
 
 
 def _best_of_picked(
-    queries: Float[Array, "Q D"], keys: Float[Array, "N D"], picked: Int[Array, "Q F"], k: int
+    queries: Float[Array, "Q D"],
+    keys: Float[Array, "N D"],
+    picked: Int[Array, "Q F"],
+    k: int,
+    cosine: Callable[[Array, Array], Array] = exact_cosine_pairs,
 ) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
-    """Score the picked keys exactly and sort them by (score descending, index ascending)."""
+    """Score the picked keys and sort them by (score descending, index ascending)."""
     num_keys = keys.shape[0]
     chosen = keys[jnp.minimum(picked, num_keys - 1)]
-    score = exact_cosine_pairs(jnp.broadcast_to(queries[:, None, :], chosen.shape), chosen)
+    score = cosine(jnp.broadcast_to(queries[:, None, :], chosen.shape), chosen)
     negated = jnp.where(picked < num_keys, -score, jnp.inf)
     negated, index = jax.lax.sort((negated, picked), dimension=-1, num_keys=2)
     return index[:, :k], -negated[:, :k]
+
+
+def _cosine_pairs(a: Float[Array, "Q F D"], b: Float[Array, "Q F D"]) -> Float[Array, "Q F"]:
+    return jnp.sum(a * b, axis=-1)

@@ -27,7 +27,8 @@ def expected(queries, keys, mask, k):
     score = np.where(mask, exact_cosine(queries, keys), -np.inf)
     order = np.argsort(-score, axis=1, kind="stable")[:, :k]
     best = np.take_along_axis(score, order, axis=1)
-    return np.where(best > -np.inf, order, N), best
+    is_valid = (best > -np.inf) & np.any(np.asarray(queries) != 0, axis=1, keepdims=True)
+    return np.where(is_valid, order, N), np.where(is_valid, best, 0.0), is_valid
 
 
 MASKS = {
@@ -46,13 +47,12 @@ def test_exact(vectors, implementation, mask):
         pytest.skip("codes are for one mask")
     queries, keys = vectors
     for k in (1, 10):
-        ids, scores = nearest(
+        hits = nearest(
             queries, keys, jnp.asarray(MASKS[mask]), k, code=encode(keys),
             implementation=implementation,
         )  # fmt: skip
-        want_ids, want_scores = expected(queries, keys, MASKS[mask], k)
-        np.testing.assert_array_equal(ids, want_ids)
-        np.testing.assert_array_equal(scores, want_scores)
+        for ours, want in zip(hits, expected(queries, keys, MASKS[mask], k), strict=True):
+            np.testing.assert_array_equal(ours, want)
 
 
 @pytest.mark.parametrize("implementation", ["matmul", "code"])
@@ -60,22 +60,49 @@ def test_exact(vectors, implementation, mask):
 def test_what_is_not_certain_is_close(vectors, implementation, precision):
     queries, keys = vectors
     mask = jnp.arange(N) < 230  # without the crowd of near-copies
-    ids, scores = nearest(
+    hits = nearest(
         queries, keys, mask, 5, code=encode(keys), precision=precision,
         implementation=implementation,
     )  # fmt: skip
-    score = np.where(mask, exact_cosine(queries, keys), -np.inf)
-    true = np.take_along_axis(score, np.asarray(ids), axis=1)
-    np.testing.assert_allclose(scores, true, atol=1e-6)
+    assert not hits.is_valid[5].any()
+    assert hits.is_valid[:5].all()
+    ids, scores = np.asarray(hits.ids)[:5], hits.scores[:5]
+    score = np.where(mask, exact_cosine(queries[:5], keys), -np.inf)
+    np.testing.assert_allclose(scores, np.take_along_axis(score, ids, axis=1), atol=1e-6)
     np.testing.assert_allclose(scores, -np.sort(-score, axis=1)[:, :5], atol=2e-3)
+
+
+@pytest.mark.parametrize("implementation", ["matmul", "code"])
+def test_queries_of_any_length_or_of_none(implementation):
+    rng = np.random.default_rng(3)
+    keys = normalize(rng.normal(size=(N, D)).astype(np.float32))
+    queries = rng.normal(size=(20, D)).astype(np.float32)
+    length = np.ones((20, 1), np.float32)
+    length[:6, 0] = 1e-3, 1e30, 1e-30, 1e36, 1e-36, 0
+    odd = queries * length
+    odd[6, 3], odd[7, 0], odd[8, 63] = np.nan, np.inf, -np.inf
+    mask = jnp.arange(N) % 5 > 0
+
+    def find(queries, precision):
+        return nearest(queries, keys, mask, 4, code=encode(keys), is_unit=False,
+                       precision=precision, implementation=implementation)  # fmt: skip
+
+    for rows in (20, 9):  # more than the first kernel codes for itself, and fewer
+        hits, want = find(odd[:rows], "quick"), find(queries[:rows], "exact")
+        is_sound = np.isin(np.arange(rows), [5, 6, 7, 8], invert=True)
+        np.testing.assert_array_equal(hits.is_valid, np.broadcast_to(is_sound[:, None], (rows, 4)))
+        np.testing.assert_array_equal(hits.ids[~is_sound], N)
+        np.testing.assert_array_equal(hits.scores[~is_sound], 0)
+        np.testing.assert_array_equal(hits.ids[is_sound], want.ids[is_sound])
+        np.testing.assert_allclose(hits.scores[is_sound], want.scores[is_sound], atol=1e-6)
 
 
 def test_queries_that_do_not_matter_cost_no_second_look(vectors):
     queries, keys = vectors
     mask, is_query = jnp.ones(N, bool), jnp.arange(Q) > 0
-    ids, _ = nearest(queries, keys, mask, 3, code=encode(keys), is_query=is_query,
+    ids, *_ = nearest(queries, keys, mask, 3, code=encode(keys), is_query=is_query,
                      implementation="code")  # fmt: skip
-    want, _ = expected(queries, keys, np.ones(N, bool), 3)
+    want, *_ = expected(queries, keys, np.ones(N, bool), 3)
     np.testing.assert_array_equal(ids[1:], want[1:])
 
 
@@ -83,7 +110,7 @@ def test_many_rows_and_a_last_tile_that_overlaps():
     rng = np.random.default_rng(2)
     keys = normalize(rng.normal(size=(1000, D)))
     queries = normalize(keys[jnp.array([0, 895, 896, 897, 999])] + 0.05 * rng.normal(size=(5, D)))
-    ids, _ = nearest(queries, keys, jnp.ones(1000, bool), 1, code=encode(keys),
+    ids, *_ = nearest(queries, keys, jnp.ones(1000, bool), 1, code=encode(keys),
                      implementation="code", precision="quick")  # fmt: skip
     np.testing.assert_array_equal(ids[:, 0], [0, 895, 896, 897, 999])
 
