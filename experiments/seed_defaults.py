@@ -28,6 +28,7 @@ from moe_jax.config import MoEConfig, h100
 from moe_jax.graph import KnowledgeGraph
 from moe_jax.graph.state import with_keys
 from moe_jax.ops import normalize
+from moe_jax.training import write_before_update
 
 IN_A_ROW = 10
 _ON_DEVICE = " --xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
@@ -166,9 +167,7 @@ def _training_step(system: MoESystem, variables: Any, graph: KnowledgeGraph | No
         (value, out), grads = jax.value_and_grad(loss, has_aux=True)(variables, x, own)
         if graph is not None:
             graph, _ = system.write(graph, out.proposals)
-            # The write first: the host waits for its branches, and starts the next step while the
-            # device is busy with the update.
-            graph, grads = jax.lax.optimization_barrier((graph, grads))
+            moments = write_before_update(graph, moments)
         updates, moments = optimizer.update(grads, moments, variables)
         variables = optax.apply_updates(variables, updates)
         return (variables, moments, graph, key), (value, out.stats)
