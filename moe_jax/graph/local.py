@@ -23,12 +23,12 @@ from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops.blocks import in_blocks
 from moe_jax.ops.top_k import top_k
 
-__all__ = ["LocalRank", "local_pagerank", "local_walk"]
+__all__ = ["LocalRank", "check_places", "local_pagerank", "local_walk", "place_of"]
 
 # So many edge slots of gathered nodes are held at once: 64 MiB an array.
 _EDGES_AT_ONCE = 2**24
 # The first hops are compiled each to its own few nodes, the others as one loop.
-_SMALL_HOPS = 3
+_SMALL_HOPS = 2
 
 
 class LocalRank(NamedTuple):
@@ -106,10 +106,6 @@ def local_pagerank(
       ([[0, 1, 100]], [0.541, 0.459, 0.0])
     """
     steps = num_steps(damping, tol, max_iterations)
-    if not isinstance(personalization, tuple):
-        raise ValueError(
-            f"personalization must be (ids, weights) or Hits, got {type(personalization).__name__}"
-        )
     seeds, weight = seeds_of(personalization)
     check_places(max_nodes, hops, seeds.shape[1])
     return local_walk(
@@ -190,8 +186,8 @@ def _local_walk(
         near = gather(seeds=seeds, weight=weight)
         ids = jnp.sort(near.ids, axis=1)
         target, share = edges_out(ids)
-        target = _place(ids, target.reshape(ids.shape[0], -1), graph.num_nodes)
-        start = seed_weights(_place(ids, seeds, graph.num_nodes), weight, max_nodes)
+        target = place_of(ids, target.reshape(ids.shape[0], -1), graph.num_nodes)
+        start = seed_weights(place_of(ids, seeds, graph.num_nodes), weight, max_nodes)
         step = functools.partial(walk, damping=damping, steps=steps, counts_start=counts_start)
         edges = jax.vmap(by_target)(target.reshape(share.shape), share, ids < graph.num_nodes)
         rank = jax.vmap(lambda edges, start: step(edges, start[None])[0])(edges, start)
@@ -286,8 +282,8 @@ def _add(
     )
 
 
-def _place(ids: Int[Array, "Q P"], node: Int[Array, "Q L"], nowhere: int) -> Int[Array, "Q L"]:
-    """Where each node stands among ascending ids; P where it does not."""
+def place_of(ids: Int[Array, "Q P"], node: Int[Array, "Q L"], nowhere: int) -> Int[Array, "Q L"]:
+    """Where each node stands among ascending ids; P where it does not, and for N."""
     place = jax.vmap(jnp.searchsorted)(ids, node).astype(jnp.int32)
     found = jnp.take_along_axis(ids, jnp.minimum(place, ids.shape[1] - 1), axis=1)
     return jnp.where((found == node) & (node < nowhere), place, ids.shape[1])
