@@ -27,6 +27,8 @@ from moe_jax.graph.link import link as link
 from moe_jax.graph.link import link_similar as link_similar
 from moe_jax.graph.link_stream import StreamTail as StreamTail
 from moe_jax.graph.link_stream import link_stream as link_stream
+from moe_jax.graph.local import LocalRank as LocalRank
+from moe_jax.graph.local import local_pagerank as local_pagerank
 from moe_jax.graph.neighbours import Neighbours as Neighbours
 from moe_jax.graph.neighbours import neighbours as neighbours
 from moe_jax.graph.pagerank import pagerank as pagerank

@@ -19,7 +19,7 @@ from moe_jax.graph.incoming import IncomingEdges, incoming_edges
 from moe_jax.graph.query import Hits
 from moe_jax.graph.state import KnowledgeGraph
 
-__all__ = ["pagerank", "rounded", "seed_weights", "walk"]
+__all__ = ["num_steps", "pagerank", "rounded", "seed_weights", "seeds_of", "walk"]
 
 
 def pagerank(
@@ -67,22 +67,43 @@ def pagerank(
       >>> [round(float(x), 3) for x in rank[0]]
       [0.541, 0.459, 0.0, 0.0]
     """
+    steps = num_steps(damping, tol, max_iterations)
+    if isinstance(graph, KnowledgeGraph):
+        edges = incoming_edges(graph, weighted=weighted, kind=kind, as_of=as_of)
+    else:
+        edges = graph
+    start = _personalization(personalization, edges.is_live)
+    return walk(edges, start, damping=float(damping), steps=steps)
+
+
+def num_steps(damping: float, tol: float, max_iterations: int) -> int:
+    """How many terms of the series behind the first leave at most `tol` of the rank to come.
+
+    Args:
+      damping: at least 0 and below 1.
+      tol: at least 0.
+      max_iterations: the cap, at least 0.
+
+    Returns:
+      The number of steps.
+
+    Raises:
+      ValueError: if a number is out of range.
+
+    Example:
+      >>> num_steps(0.5, 0.125, 100), num_steps(0.5, 0.0, 100)
+      (3, 100)
+    """
     if not 0.0 <= damping < 1.0:
         raise ValueError(f"damping must be at least 0 and below 1, got {damping}")
     if tol < 0.0:
         raise ValueError(f"tol must not be negative, got {tol}")
     if max_iterations < 0:
         raise ValueError(f"max_iterations must not be negative, got {max_iterations}")
-    if isinstance(graph, KnowledgeGraph):
-        edges = incoming_edges(graph, weighted=weighted, kind=kind, as_of=as_of)
-    else:
-        edges = graph
-    steps = 0
-    if damping > 0.0 and max_iterations > 0:
-        wanted = math.log(tol) / math.log(damping) if tol > 0.0 else math.inf
-        steps = min(max_iterations, max(0, math.ceil(min(wanted, max_iterations))))
-    start = _personalization(personalization, edges.is_live)
-    return walk(edges, start, damping=float(damping), steps=steps)
+    if damping == 0.0 or max_iterations == 0:
+        return 0
+    wanted = math.log(tol) / math.log(damping) if tol > 0.0 else math.inf
+    return max(0, math.ceil(min(wanted, max_iterations)))
 
 
 @functools.partial(jax.jit, static_argnames=("damping", "steps", "counts_start"))
@@ -190,8 +211,6 @@ def _personalization(
     nowhere = is_live.shape[0]
     if given is None:
         return is_live[None, :].astype(jnp.float32)
-    if isinstance(given, Hits):
-        given = given.ids, given.scores
     if not isinstance(given, tuple):
         weight = jnp.asarray(given, jnp.float32)
         if weight.ndim != 2 or weight.shape[1] != nowhere:
@@ -200,13 +219,22 @@ def _personalization(
                 f"got shape {weight.shape}"
             )
         return weight
+    return seed_weights(*seeds_of(given), nowhere)
+
+
+def seeds_of(
+    given: tuple[ArrayLike, ArrayLike] | Hits,
+) -> tuple[Int[Array, "Q R"], Float[Array, "Q R"]]:
+    """The ids and weights of a personalization; ValueError where they have the wrong shape."""
+    if isinstance(given, Hits):
+        given = given.ids, given.scores
     node, weight = jnp.asarray(given[0]), jnp.asarray(given[1], jnp.float32)
     if node.ndim != 2 or weight.shape != node.shape or not jnp.issubdtype(node.dtype, jnp.integer):
         raise ValueError(
             f"personalization must be integer ids and weights, both [queries, seeds], got shapes "
             f"{node.shape} and {weight.shape} and dtype {node.dtype}"
         )
-    return seed_weights(node.astype(jnp.int32), weight, nowhere)
+    return node.astype(jnp.int32), weight
 
 
 @functools.partial(jax.jit, static_argnames="nowhere")

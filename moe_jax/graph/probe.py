@@ -18,6 +18,7 @@ from moe_jax.ops import _cells_gpu, _coded_gpu
 from moe_jax.ops.blocks import in_blocks
 from moe_jax.ops.code import Code
 from moe_jax.ops.similarity import exact_cosine_pairs, normalize
+from moe_jax.ops.top_k import top_k
 
 __all__ = ["search_cells"]
 
@@ -283,21 +284,14 @@ def _top_k(x: Array, k: int) -> tuple[Array, Array]:
     rows, size = x.shape
     chunk = 2 ** int(math.log2(max(1.0, (size / k) ** 0.5)))
     if size <= _SHORT or chunk == 1:
-        return _short_top_k(x, k)
+        return top_k(x, k, chunk_size=size)
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
     lowest = -jnp.inf if is_float else jnp.iinfo(x.dtype).min
     x = jnp.pad(x, ((0, 0), (0, -size % chunk)), constant_values=lowest)
     x = x.reshape(rows, -1, chunk)
-    best = _short_top_k(jnp.max(x, axis=2), k)[1]
+    best = jax.lax.top_k(jnp.max(x, axis=2), k)[1]
     found = jnp.take_along_axis(x, best[:, :, None], axis=1).reshape(rows, -1)
-    values, at = _short_top_k(found, k)
+    values, at = top_k(found, k, chunk_size=found.shape[1])
     within = jnp.take_along_axis(best, at // chunk, axis=1)
     # Padding is only ever chosen with the lowest value, which nobody reads.
     return values, jnp.minimum(within * chunk + at % chunk, size - 1)
-
-
-def _short_top_k(x: Array, k: int) -> tuple[Array, Array]:
-    # XLA sorts whole rows where it can move a later slice into the top-k.
-    # One barrier each: XLA fails on one around both when the rows are sharded.
-    values, at = map(jax.lax.optimization_barrier, jax.lax.top_k(x, k))
-    return values, at

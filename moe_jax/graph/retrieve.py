@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from moe_jax._types import Array, Float, Int
 from moe_jax.graph._arguments import vectors, whole_number
 from moe_jax.graph.incoming import IncomingEdges, incoming_edges
+from moe_jax.graph.local import check_places, local_walk, place_of
 from moe_jax.graph.pagerank import rounded, seed_weights, walk
 from moe_jax.graph.query import Hits, search
 from moe_jax.graph.state import KnowledgeGraph
@@ -32,6 +33,8 @@ def retrieve(
     kind: ArrayLike | None = None,
     as_of: ArrayLike | None = None,
     edges: IncomingEdges | None = None,
+    max_nodes: int | None = 1024,
+    hops: int | None = None,
 ) -> Hits:
     """The k nodes that a query leads to: what resembles it, and what the edges from there reach.
 
@@ -40,6 +43,10 @@ def retrieve(
     the most that any node received, is its spread. The max(k, seeds) nodes of the best cosine and
     the k + seeds that received most are ranked by `mix * spread + (1 - mix) * cosine`. (After
     Gutiérrez et al. 2024, HippoRAG, which spreads over entities; here the nodes are linked.)
+
+    In a graph of more than `max_nodes` nodes only so many near the seeds of each query are walked,
+    as by `local_pagerank`, which also tells how much is lost by that. So what follows the search
+    costs the same in a graph of any size.
 
     Args:
       graph: the graph.
@@ -53,7 +60,10 @@ def retrieve(
       mix: what spread counts for against the cosine, between 0 and 1.
       kind: spread only along edges of this kind, an integer.
       as_of: start only from nodes created, and spread only along edges that hold, at this time.
-      edges: `incoming_edges` of this graph, where many calls follow; it carries its own filters.
+      edges: `incoming_edges` of this graph, to walk all of it in each of many calls; it carries
+        its own filters.
+      max_nodes: how many nodes to walk for each query, at least `seeds`; None for all.
+      hops: of those, walk only nodes within so many edges of a seed; by default `iterations`.
 
     Returns:
       `Hits` of shape [Q, k], best first, ties to the node that received more, then to the lowest
@@ -84,44 +94,60 @@ def retrieve(
         raise ValueError(
             f"edges must be of a graph of {graph.num_nodes} nodes, got {edges.is_live.shape[0]}"
         )
-    if edges is None:
-        edges = incoming_edges(graph, kind=kind, as_of=as_of)
     seeds = min(seeds, graph.num_nodes)
+    if max_nodes is None or edges is not None:
+        max_nodes = graph.num_nodes
+    check_places(max_nodes, hops, seeds)
+    if edges is None and max_nodes >= graph.num_nodes:
+        edges = incoming_edges(graph, kind=kind, as_of=as_of)
     found = search(graph, queries, max(seeds, k), threshold, as_of=as_of)
     return _retrieve(
         graph.key,
-        *(edges, queries, found, mix),
+        *(graph if edges is None else edges, queries, found, mix, kind, as_of),
         k=k,
         seeds=seeds,
         sharpness=float(sharpness),
         damping=float(damping),
-        iterations=iterations,
+        sizes=(max_nodes, iterations if hops is None else hops, iterations),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("k", "seeds", "sharpness", "damping", "iterations"))
+@functools.partial(jax.jit, static_argnames=("k", "seeds", "sharpness", "damping", "sizes"))
 def _retrieve(
     keys: Float[Array, "N D"],
-    edges: IncomingEdges,
+    walked: KnowledgeGraph | IncomingEdges,
     queries: Float[Array, "Q D"],
     found: Hits,
     mix: ArrayLike,
+    kind: ArrayLike | None,
+    as_of: ArrayLike | None,
     *,
     k: int,
     seeds: int,
     sharpness: float,
     damping: float,
-    iterations: int,
+    sizes: tuple[int, int, int],
 ) -> Hits:
-    nowhere = keys.shape[0]
+    nowhere, (max_nodes, hops, steps) = keys.shape[0], sizes
     weight = rounded(jnp.maximum(found.scores[:, :seeds], 0.0) ** sharpness)
-    start = seed_weights(found.ids[:, :seeds], weight, nowhere)
-    received = walk(edges, start, damping=damping, steps=iterations, counts_start=False)
-    most, reached = top_k(received, min(k + seeds, nowhere))
-    node = jnp.concatenate([found.ids, jnp.where(most > 0.0, reached, nowhere)], axis=1)
-    at = jnp.minimum(node, nowhere - 1)
-    received = jnp.take_along_axis(received, at, axis=1)
-    chosen = jax.lax.stop_gradient(keys)[at]
+    start, options = found.ids[:, :seeds], {"damping": damping, "counts_start": False}
+    if isinstance(walked, IncomingEdges):
+        received = walk(walked, seed_weights(start, weight, nowhere), steps=steps, **options)
+        place = found.ids
+        most, reached = top_k(received, min(k + seeds, nowhere))
+        node = reached
+    else:
+        sizes = {"max_nodes": max_nodes, "hops": hops, "steps": steps}
+        near = local_walk(walked, start, weight, kind, as_of, **sizes, **options)
+        received, place = near.rank, place_of(near.ids, found.ids, nowhere)
+        most, reached = top_k(received, min(k + seeds, max_nodes))
+        node = jnp.take_along_axis(near.ids, reached, axis=1)
+    node = jnp.concatenate([found.ids, jnp.where(most > 0.0, node, nowhere)], axis=1)
+    place = jnp.concatenate([place, reached], axis=1)
+    is_placed = place < received.shape[1]
+    received = jnp.take_along_axis(received, jnp.where(is_placed, place, 0), axis=1)
+    received = jnp.where(is_placed, received, 0.0)
+    chosen = jax.lax.stop_gradient(keys)[jnp.minimum(node, nowhere - 1)]
     cosine = exact_cosine_pairs(jnp.broadcast_to(queries[:, None, :], chosen.shape), chosen)
     spread = received * (1.0 / jnp.maximum(most[:, :1], jnp.finfo(jnp.float32).tiny))
     mix = jnp.asarray(mix, jnp.float32)

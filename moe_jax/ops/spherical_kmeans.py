@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Float, Int, PRNGKey
 from moe_jax.ops.similarity import normalize
+from moe_jax.ops.top_k import top_k
 
 __all__ = ["Clusters", "nearest_centroids", "spherical_kmeans"]
 
@@ -130,9 +131,7 @@ def nearest_centroids(
     def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         start = jnp.minimum(i * size, rows - size)
         score = _scores(jax.lax.dynamic_slice_in_dim(x, start, size), centroids)
-        # XLA sorts whole rows where it can move a later slice into the top-k.
-        # One barrier each: XLA fails on one around both when the rows are sharded.
-        best, index = map(jax.lax.optimization_barrier, jax.lax.top_k(score, k))
+        best, index = top_k(score, k)
         index = jnp.where(best > -jnp.inf, index, num_clusters)
         write = jax.lax.dynamic_update_slice_in_dim
         return write(found[0], index, start, 0), write(found[1], best, start, 0)

@@ -15,7 +15,9 @@ def top_k(x: Array, k: int, chunk_size: int | None = None) -> tuple[Array, Array
     zeros of either sign may count as equal. The k chunks with the largest maxima hold the k
     largest entries: whatever lies in another chunk has k maxima ahead of it. So a long row is
     read once, for its chunks' maxima, and only k chunks of it are searched; on GPUs
-    `jax.lax.top_k` takes many times longer, and sorts the whole row when k is above 16.
+    `jax.lax.top_k` takes many times longer, and sorts the whole row when k is above 16. Callers
+    may use any part of what is returned: where they use `jax.lax.top_k` so, XLA on CPUs may sort
+    whole rows.
 
     Args:
       x: [..., N], a float or integer dtype.
@@ -42,8 +44,7 @@ def top_k(x: Array, k: int, chunk_size: int | None = None) -> tuple[Array, Array
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if k == 0 or k * chunk_size >= size:
-        values, indices = jax.lax.top_k(x, k)
-        return values, indices
+        return _kept_apart(*jax.lax.top_k(x, k))
     lead = x.shape[:-1]
     num_chunks = -(-size // chunk_size)
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
@@ -59,4 +60,10 @@ def top_k(x: Array, k: int, chunk_size: int | None = None) -> tuple[Array, Array
     found = jnp.take_along_axis(x, chunk, axis=1).reshape(-1, k * chunk_size)
     values, where = jax.lax.top_k(found, k)
     indices = jnp.take_along_axis(index.reshape(found.shape), where, axis=1)
-    return values.reshape(*lead, k), indices.reshape(*lead, k)
+    return _kept_apart(values.reshape(*lead, k), indices.reshape(*lead, k))
+
+
+def _kept_apart(values: Array, indices: Array) -> tuple[Array, Array]:
+    """Keeps XLA on CPUs from moving a caller's slice into the top-k, which makes it a full sort."""
+    # One barrier each: XLA fails on one around both when the rows are sharded.
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(indices)

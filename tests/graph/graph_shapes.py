@@ -62,6 +62,23 @@ def edges_of(graph, kind=None, as_of=None):
     return out
 
 
+def networkx_rank(graph, start, weighted=True, damping=0.85, **filters):
+    """PageRank by NetworkX; edges of one pair count together."""
+    nx = pytest.importorskip("networkx")
+    edges = edges_of(graph, **filters)
+    theirs = nx.DiGraph()
+    theirs.add_nodes_from(edges)
+    for source, ends in edges.items():
+        for target, weight in ends:
+            weight = float(weight) if weighted else 1.0
+            if weight > 0:
+                before = theirs.get_edge_data(source, target, {"weight": 0.0})["weight"]
+                theirs.add_edge(source, target, weight=before + weight)
+    start = None if start is None else {n: float(start[n]) for n in edges}
+    rank = nx.pagerank(theirs, damping, start, max_iter=2000, tol=1e-12)
+    return np.array([rank.get(n, 0.0) for n in range(NUM_NODES)])
+
+
 def _full():
     rng = np.random.default_rng(1)
     graph = by_hand({})

@@ -108,6 +108,8 @@ WRONG = [
     (lambda g: retrieve(g, ROW, 1, damping=-0.1), "damping must be at least 0.*got -0.1"),
     (lambda g: retrieve(g, ROW, 1, iterations=-1), "iterations must not be negative, got -1"),
     (lambda g: retrieve(g, ROW, 1, sharpness=0.0), "sharpness must be positive, got 0.0"),
+    (lambda g: retrieve(g, ROW, 1, seeds=4, max_nodes=3), r"max_nodes must be at least 4.*got 3"),
+    (lambda g: retrieve(g, ROW, 1, hops=-1), "hops must not be negative, got -1"),
 ]
 
 

@@ -8,7 +8,7 @@ from graph_shapes import AWKWARD, NUM_NODES, by_hand, edges_of, random_graph
 
 from moe_jax.graph import incoming_edges, retrieve, search
 
-STATIC = ("k", "seeds", "sharpness", "damping", "iterations")
+STATIC = ("k", "seeds", "sharpness", "damping", "iterations", "max_nodes", "hops")
 fast_retrieve = jax.jit(retrieve, static_argnames=STATIC)
 
 
@@ -40,14 +40,17 @@ def slow_retrieve(graph, query, k, seeds, mix):
     return dict(sorted(score.items(), key=lambda item: -item[1])[:k])
 
 
+@pytest.mark.parametrize("max_nodes", [None, NUM_NODES - 1])
 @pytest.mark.parametrize(("k", "seeds"), [(4, 2), (12, 3)])
-def test_equals_the_definition(k, seeds):
+def test_equals_the_definition(k, seeds, max_nodes):
     for seed in range(20):
         rng = np.random.default_rng(seed)
         graph = random_graph(rng)
+        if max_nodes is not None:  # so that all live nodes fit
+            graph = graph._replace(is_live=graph.is_live.at[-1].set(False))
         queries = rng.normal(size=(3, 4)).astype(np.float32)
         mix = np.float32(rng.choice([0.0, 0.5, 0.8, 1.0]))
-        hits = fast_retrieve(graph, queries, k=k, seeds=seeds, mix=mix)
+        hits = fast_retrieve(graph, queries, k=k, seeds=seeds, mix=mix, max_nodes=max_nodes)
         for q in range(3):
             expected = slow_retrieve(graph, queries[q], k, seeds, float(mix))
             valid = np.asarray(hits.is_valid[q])
@@ -76,6 +79,11 @@ def test_finds_what_cosine_cannot():
     assert hits.ids.tolist() == [[1, 2, 0, 3]]
     assert retrieve(graph, query, 4, threshold=0.1, kind=5).ids.tolist() == [[0, 3, 12, 12]]
     assert retrieve(graph, query, 4, threshold=0.1, mix=0.0).ids[0, :2].tolist() == [0, 3]
+    near = {"threshold": 0.1, "seeds": 2, "max_nodes": 5}
+    assert retrieve(graph, query, 4, **near).ids.tolist() == [[1, 2, 0, 3]]
+    assert retrieve(graph, query, 4, hops=1, **near).ids.tolist() == [[1, 0, 3, 12]]
+    assert retrieve(graph, query, 4, kind=5, **near).ids.tolist() == [[0, 3, 12, 12]]
+    assert retrieve(graph, query, 4, as_of=-1, **near).ids.tolist() == [[12] * 4]
 
 
 def test_without_edges_it_is_a_search():
@@ -90,17 +98,19 @@ def test_a_query_is_the_same_bits_alone_and_among_others():
     graph = random_graph(rng)
     queries = rng.normal(size=(5, 4)).astype(np.float32)
     edges = incoming_edges(graph)
-    whole = fast_retrieve(graph, queries, k=5, edges=edges)
-    for q in range(5):
-        alone = fast_retrieve(graph, queries[q : q + 1], k=5)
-        jax.tree.map(lambda a, b, q=q: np.testing.assert_array_equal(a[0], b[q]), alone, whole)
+    for options, fewer in (({"edges": edges}, {}), ({"max_nodes": 9}, {"max_nodes": 9})):
+        whole = fast_retrieve(graph, queries, k=5, **options)
+        for q in range(5):
+            alone = fast_retrieve(graph, queries[q : q + 1], k=5, **fewer)
+            jax.tree.map(lambda a, b, q=q: np.testing.assert_array_equal(a[0], b[q]), alone, whole)
 
 
+@pytest.mark.parametrize("max_nodes", [None, 9])
 @pytest.mark.parametrize("graph", AWKWARD)
-def test_ends_on_awkward_graphs(graph):
+def test_ends_on_awkward_graphs(graph, max_nodes):
     queries = np.random.default_rng(3).normal(size=(3, 4)).astype(np.float32)
     queries[2] = 0.0
-    hits = fast_retrieve(graph, queries, k=5)
+    hits = fast_retrieve(graph, queries, k=5, max_nodes=max_nodes)
     assert np.isfinite(hits.scores).all()
     np.testing.assert_array_equal(hits.is_valid[:2].any(axis=1), bool(graph.is_live.any()))
     assert not hits.is_valid[2].any()

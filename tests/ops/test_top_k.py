@@ -1,5 +1,7 @@
 """Two-stage top-k equals the one-stage one, ties included."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,3 +46,46 @@ def test_k_out_of_range(k):
 def test_chunk_size_out_of_range():
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         top_k(jnp.zeros(10), 1, chunk_size=0)
+
+
+def whole_sorts(run, *args):
+    """Lines of the compiled program that sort rows of 5,000 or more."""
+    lines = jax.jit(run).lower(*args).compile().as_text().splitlines()
+    return [x for x in lines if re.search(r"\[(\d+,)*\d*[5-9]\d{3}\]\S* sort\(", x)]
+
+
+USES = {
+    "last value": lambda x: top_k(x, 10)[0][..., -1],
+    "last column": lambda x: top_k(x, 10)[0][..., -1:],
+    "first id": lambda x: top_k(x, 10)[1][..., 0],
+    "two lengths": lambda x: (top_k(x, 10)[0][..., 2:4], top_k(x, 10)[1][..., :3]),
+    "by row": jax.vmap(lambda row: top_k(row, 10)[0][-1]),
+    "in chunks": lambda x: top_k(x, 10, chunk_size=40)[0][..., -1],
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_no_use_of_a_part_sorts_whole_rows(use):
+    assert not whole_sorts(USES[use], jnp.zeros((3, 5000)))
+
+
+def test_no_gradient_sorts_whole_rows():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5000)).astype(np.float32))
+    grad = jax.grad(lambda x: USES["last value"](x).sum())
+    assert not whole_sorts(grad, x)
+    is_tenth = np.arange(5000)[None] == np.asarray(jax.lax.top_k(x, 10)[1])[:, -1:]
+    np.testing.assert_array_equal(jax.jit(grad)(x), is_tenth)
+
+
+def test_the_check_sees_a_sort():
+    assert whole_sorts(lambda x: jnp.sort(x, axis=1), jnp.zeros((3, 5000)))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 16])
+def test_rows_may_be_sharded(chunk_size):
+    x = np.random.default_rng(0).normal(size=(16, 3000)).astype(np.float32)
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    found = fast_top_k(jax.device_put(x, sharding), 20, chunk_size=chunk_size)
+    for ours, theirs in zip(found, jax.lax.top_k(x, 20), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
