@@ -161,7 +161,9 @@ def _add_health(table: Table, report: GraphHealth) -> None:
     edges = f"{report.mean_out_degree:.1f} out of a node, at most {report.max_in_degree:,} into one"
     table.add_row("graph: items merged", f"{report.merge_rate:.1%} of the stored")
     table.add_row("graph: near-duplicates", f"{report.duplicate_rate:.1%} of nodes")
-    table.add_row("graph: no read recorded", f"{report.never_read_share:.1%} of nodes")
+    # A graph that nothing reads, or whose readers record nothing, is not one full of useless nodes.
+    unread = "never read" if report.has_reads else "no read recorded"
+    table.add_row(f"graph: {unread}", f"{report.never_read_share:.1%} of nodes")
     table.add_row("graph: isolated", f"{report.isolated_share:.1%} of nodes")
     table.add_row("graph: edges", edges)
     table.add_row("graph: edges into the top 1% of nodes", f"{report.hub_share:.1%}")

@@ -76,7 +76,7 @@ class TrainConfig(Config):
         accumulate: gradient accumulation: micro-batches per step; divides batch_size.
         confidence_weight: weight of the loss that teaches the experts' confidence to match the
             probability given to the right token.
-        memory_write: write the knowledge graph.
+        memory_write: write the knowledge graph, and count in it how often its nodes are read.
         memory_write_every: steps between two writes.
         memory_write_from: share of the steps before the first write; what an untrained model
             reports would fill the graph with noise.

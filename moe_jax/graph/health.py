@@ -58,6 +58,11 @@ class GraphHealth(NamedTuple):
     isolated_share: Float[Array, ""]
     dead_edges: Int[Array, ""]
 
+    @property
+    def has_reads(self) -> Bool[Array, ""]:
+        """Whether any live node has a read that was recorded: else the share says nothing."""
+        return (self.num_live > 0) & (self.never_read_share < 1)
+
 
 def health(
     graph: KnowledgeGraph,

@@ -15,11 +15,13 @@ class TokenHits(NamedTuple):
     """What followed the contexts most alike, best first.
 
     Attributes:
+        ids: [Q, K] the nodes of those positions, N where there is no hit.
         scores: [Q, K] cosines, 0 where there is no hit.
         symbols: [Q, K] the symbols that followed, -1 where there is no hit.
         is_valid: [Q, K].
     """
 
+    ids: Int[Array, "Q K"]
     scores: Float[Array, "Q K"]
     symbols: Int[Array, "Q K"]
     is_valid: Bool[Array, "Q K"]
@@ -49,7 +51,7 @@ def read_tokens(graph: KnowledgeGraph, contexts: Float[Array, "Q D"], k: int) ->
     """
     hits = search(graph, contexts, k=min(k, graph.num_nodes), reproducible=False)
     symbols = graph.symbol.at[hits.ids].get(mode="fill", fill_value=-1)
-    return TokenHits(hits.scores, symbols, hits.is_valid)
+    return TokenHits(hits.ids, hits.scores, symbols, hits.is_valid)
 
 
 def write_tokens(

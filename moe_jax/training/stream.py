@@ -17,7 +17,9 @@ from moe_jax.memory import (
     Evidence,
     MemoryInterpolation,
     Projection,
+    Reads,
     gather_evidence,
+    note_reads,
     read_tokens,
     shuffle_symbols,
     write_tokens,
@@ -69,8 +71,8 @@ def make_stream_step(
     """Returns the compiled step of a stream; it donates the token memory.
 
     Every counted position searches the memory as it was before the batch, the two distributions
-    are mixed, and then the positions are written with the symbols that came. So no position
-    knows its own symbol or a later one of its row, nor any of the same batch.
+    are mixed, and then the reads are counted and the positions written with the symbols that
+    came. So no position knows its own symbol or a later one of its row, nor any of the same batch.
 
     Args:
         model: the model.
@@ -139,6 +141,7 @@ def make_stream_step(
             count=jnp.sum(is_counted, dtype=jnp.float32),
             count_found=jnp.sum(found, dtype=jnp.float32),
         )
+        memory = note_reads(memory, Reads(hits.ids, hits.is_valid & is_writing))
         memory = write_tokens(memory, contexts, target, source, is_valid=is_counted & is_writing)
         return memory, sums, evidence, is_counted
 
