@@ -59,9 +59,9 @@ class GraphHealth(NamedTuple):
     dead_edges: Int[Array, ""]
 
     @property
-    def has_reads(self) -> Bool[Array, ""]:
-        """Whether any live node has a read that was recorded: else the share says nothing."""
-        return (self.num_live > 0) & (self.never_read_share < 1)
+    def has_reads(self) -> bool:
+        """Of a report on the host: whether any read was recorded; else the share says nothing."""
+        return bool(self.num_live > 0 and self.never_read_share < 1)
 
 
 def health(

@@ -61,6 +61,7 @@ def write_tokens(
     source: Int[Array, "R 2"],
     *,
     is_valid: Bool[Array, "R"] | None = None,
+    policy: str = "oldest",
 ) -> KnowledgeGraph:
     """Appends positions; nothing merges, and in a full memory the oldest go first.
 
@@ -71,6 +72,8 @@ def write_tokens(
         source: [R, 2] document id and offset of the symbols.
         is_valid: [R], all by default; the others are not written. Vectors without a direction
             are not written either, and counted as rejected.
+        policy: of a full memory, see `moe_jax.graph.insert`; "reject" compiles in less time, for a
+            memory that cannot fill up.
 
     Returns:
         The memory after.
@@ -84,7 +87,7 @@ def write_tokens(
     """
     graph, _ = insert(
         graph, contexts, symbol=symbols, source=source, is_valid=is_valid,
-        merge_threshold=None, policy="oldest",
+        merge_threshold=None, policy=policy,
     )  # fmt: skip
     return graph
 

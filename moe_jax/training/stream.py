@@ -67,6 +67,7 @@ def make_stream_step(
     *,
     k: int = 32,
     span: int | None = None,
+    policy: str = "oldest",
 ) -> StreamStep:
     """Returns the compiled step of a stream; it donates the token memory.
 
@@ -81,6 +82,7 @@ def make_stream_step(
         k: seen positions that each position reads.
         span: the most positions of a row that count, all by default; `stream_batches` counts at
             most `seq_len - context`, next to each other.
+        policy: of a full memory, as `write_tokens` takes it.
 
     Returns:
         (params, reader, memory, batch, *, reports=None, is_writing=True, is_shuffled=False) ->
@@ -142,7 +144,8 @@ def make_stream_step(
             count_found=jnp.sum(found, dtype=jnp.float32),
         )
         memory = note_reads(memory, Reads(hits.ids, hits.is_valid & is_writing))
-        memory = write_tokens(memory, contexts, target, source, is_valid=is_counted & is_writing)
+        how = {"is_valid": is_counted & is_writing, "policy": policy}
+        memory = write_tokens(memory, contexts, target, source, **how)
         return memory, sums, evidence, is_counted
 
     return jax.jit(step, donate_argnums=2)
