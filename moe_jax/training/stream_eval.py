@@ -48,6 +48,7 @@ def evaluate_token_memory(
         validation_bytes, nodes}}; nothing where fewer than two documents are held out.
 
     Example:
+        >>> import jax, jax.numpy as jnp
         >>> from moe_jax.config import smallest_run
         >>> from moe_jax.data import load_corpus
         >>> model = MoELanguageModel(smallest_run().model)
