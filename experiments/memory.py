@@ -11,7 +11,6 @@ dealt out at random; and beside it a wider model and one with a gated cross-atte
 """
 
 import functools
-import hashlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +29,14 @@ import tyro
 from documentation import documentation
 
 from moe_jax.config import RunConfig, byte_lm
-from moe_jax.data import Corpus, load_corpus, stream_batches
+from moe_jax.data import Corpus, load_corpus
 from moe_jax.graph import KnowledgeGraph
 from moe_jax.lm import MoELanguageModel
 from moe_jax.memory import ContextVectors, Evidence, MemoryInterpolation
 from moe_jax.training import create_graph, train
 from moe_jax.training.run import open_run
-from moe_jax.training.stream import (
-    TokenReader,
-    fit_interpolation,
-    make_hidden_step,
-    make_stream_step,
-)
+from moe_jax.training.stream import TokenReader, fit_interpolation
+from moe_jax.training.stream_reader import StreamReader, documents_by_name, first_documents
 
 KINDS = {"static": (True, False), "dynamic": (False, True), "both": (True, True)}
 """Kind of memory: whether it starts with training text, and whether the stream is written."""
@@ -144,65 +139,43 @@ class Reading:
     """One model on one text, with any memory."""
 
     def __init__(self, options: Options, corpus: Corpus, trained: Trained) -> None:
-        self.options, self.corpus = options, corpus
-        self.trained = replace(
-            trained, params=_on_device(trained.params), reports=_on_device(trained.reports)
+        self.options = options
+        self.reader = StreamReader(
+            trained.model,
+            trained.params,
+            corpus,
+            reports=trained.reports,
+            vectors=options.vectors,
+            interpolation=GATES["gate"],
+            seq_len=byte_lm().training.seq_len,
+            context=options.context,
+            rows=options.rows,
+            k=options.k,
         )
-        seq_len = byte_lm().training.seq_len
-        self.span = seq_len - options.context
-
-        def batches(documents: list[int]) -> list:
-            found = stream_batches(
-                corpus,
-                documents,
-                batch_size=options.rows,
-                seq_len=seq_len,
-                context=options.context,
-                max_document_bytes=options.document_bytes,
-            )
-            return _on_device(found)
-
-        held = self._shuffled(held_out=True)
-        learnt = self._shuffled(held_out=False)
-        self.documents = {
-            "validation": self._enough(held[0::2], options.validation_bytes),
-            "test": self._enough(held[1::2], options.test_bytes),
-            "stored": self._enough(learnt, max(*options.sizes, 65_536)),
+        held = documents_by_name(corpus, held_out=True)
+        learnt = documents_by_name(corpus, held_out=False)
+        parts = {
+            "validation": (held[0::2], options.validation_bytes),
+            "test": (held[1::2], options.test_bytes),
+            "stored": (learnt, max(*options.sizes, 65_536)),
         }
-        self.batches = {n: batches(d) for n, d in self.documents.items()}
-        self.hidden_step = make_hidden_step(trained.model)
-        self.step = make_stream_step(
-            trained.model, options.vectors, GATES["gate"], k=options.k, span=self.span
-        )
-        self.any_gate = GATES["gate"].init(
-            jax.random.key(0), *(jnp.zeros((1, 1), t) for t in (float, float, int, bool))
-        )
-
-    def _shuffled(self, *, held_out: bool) -> list[int]:
-        """Documents in an order that depends on their names alone."""
-        names = self.corpus.names
-        ids = self.corpus.ids(held_out=held_out).tolist()
-        return sorted(ids, key=lambda i: hashlib.blake2b(names[i].encode()).digest())
-
-    def _enough(self, documents: list[int], total: int) -> list[int]:
-        sizes = np.minimum(self.corpus.sizes[documents], self.options.document_bytes)
-        return documents[: int(np.searchsorted(np.cumsum(sizes), total)) + 1]
+        most = options.document_bytes
+        self.batches = {
+            name: self.reader.batches(first_documents(corpus, ids, total, most), most)
+            for name, (ids, total) in parts.items()
+        }
 
     @functools.cached_property
     def projection(self) -> Any:
         """Fitted to training text."""
-        hidden = []
-        for batch in self.batches["stored"][: 65_536 // (self.options.rows * self.span)]:
-            states, _ = self.hidden_step(self.trained.params, batch, self.trained.reports)
-            hidden.append(np.asarray(states)[np.asarray(batch.is_valid)])
-        return _on_device(self.options.vectors.fit(jnp.asarray(np.concatenate(hidden))))
+        return self.reader.fit_projection(self.batches["stored"][: 65_536 // self.reader.positions])
 
     def without(self, reports: KnowledgeGraph | None) -> dict[str, float]:
         """Bits per byte of the model alone on the test text, and its time."""
         for _ in range(2):
             began, nats = time.perf_counter(), []
             for batch in self.batches["test"]:
-                nats.append(self.hidden_step(self.trained.params, batch, reports)[1])
+                nats.append(self.reader.hidden_step(self.reader.params, batch, reports)[1])
             total = float(sum(jax.device_get(nats)))
             seconds = time.perf_counter() - began
         count = sum(int(np.sum(batch.is_valid)) for batch in self.batches["test"])
@@ -214,36 +187,9 @@ class Reading:
 
     def stored(self, size: int) -> KnowledgeGraph:
         """A memory filled with training text."""
-        memory, reader = self.empty(size), self._reader(self.any_gate)
-        for batch in self.batches["stored"][: -(-size // (self.options.rows * self.span))]:
-            memory, *_ = self._step(reader, memory, batch, True)
-        return memory
-
-    def empty(self, size: int) -> KnowledgeGraph:
-        """A memory without nodes."""
-        memory = KnowledgeGraph.create(size, self.options.vectors.dim, num_edge_slots=1)
-        return _on_device(memory)
-
-    def _step(
-        self,
-        reader: TokenReader,
-        memory: KnowledgeGraph,
-        batch: Any,
-        is_writing: bool,
-        is_shuffled: bool = False,
-    ):
-        return self.step(
-            self.trained.params,
-            reader,
-            memory,
-            batch,
-            reports=self.trained.reports,
-            is_writing=is_writing,
-            is_shuffled=is_shuffled,
-        )
-
-    def _reader(self, variables: Any) -> TokenReader:
-        return _on_device(TokenReader(self.projection, variables))
+        batches = self.batches["stored"][: -(-size // self.reader.positions)]
+        reader = TokenReader(self.projection, self.reader.any_gate)
+        return self.reader.written(batches, self.reader.empty(size), reader)
 
     def stream(
         self,
@@ -254,27 +200,20 @@ class Reading:
         is_shuffled: bool = False,
     ) -> tuple[dict[str, float], Evidence, jax.Array]:
         """Reads a text with a memory; what it cost, and the evidence of every position."""
-        sums, evidence, counted, reader = [], [], [], self._reader(variables)
-        memory = jax.block_until_ready(jax.tree.map(jnp.copy, memory))
-        began = time.perf_counter()
-        for batch in self.batches[part]:
-            memory, one, found, is_counted = self._step(
-                reader, memory, batch, is_writing, is_shuffled
-            )
-            sums.append(one)
-            evidence.append(found)
-            counted.append(is_counted)
-        jax.block_until_ready((memory, sums[-1]))
-        seconds = time.perf_counter() - began
-        total = jax.tree.map(lambda *a: float(sum(a)), *jax.device_get(sums))
-        bits = total.count * math.log(2)
+        found = self.reader.read(
+            self.batches[part],
+            memory,
+            TokenReader(self.projection, variables),
+            is_writing=is_writing,
+            is_shuffled=is_shuffled,
+        )
         figures = {
-            "bits_per_byte": total.nats / bits,
-            "without": total.nats_without / bits,
-            "us_per_byte": 1e6 * seconds / total.count,
-            "found": total.count_found / total.count,
+            "bits_per_byte": found.bits_per_byte,
+            "without": found.without,
+            "us_per_byte": 1e6 * found.seconds / found.sums.count,
+            "found": found.sums.count_found / found.sums.count,
         }
-        return figures, *_joined(evidence, counted)
+        return figures, found.evidence, found.is_counted
 
     def rows_of(self, size: int, say: Callable[[dict], None]) -> None:
         """Every kind of memory of one size."""
@@ -282,8 +221,8 @@ class Reading:
         gate = GATES["gate"]
         for kind in self.options.kinds:
             starts_full, is_writing = KINDS[kind]
-            memory = stored if starts_full else self.empty(size)
-            _, *seen = self.stream("validation", memory, self.any_gate, is_writing)
+            memory = stored if starts_full else self.reader.empty(size)
+            _, *seen = self.stream("validation", memory, self.reader.any_gate, is_writing)
             fitted = {name: fit_interpolation(g, *seen) for name, g in GATES.items()}
             figures, *told = self.stream("test", memory, fitted["gate"], is_writing)
             constant = _bits(GATES["constant share"], fitted["constant share"], *told)
@@ -292,24 +231,12 @@ class Reading:
                 {"memory": kind, "nodes": size, **figures, "constant": constant, "scalars": scalars}
             )
 
-            _, *seen = self.stream("validation", memory, self.any_gate, is_writing, True)
+            _, *seen = self.stream("validation", memory, self.reader.any_gate, is_writing, True)
             figures, *told = self.stream(
                 "test", memory, fit_interpolation(gate, *seen), is_writing, True
             )
             same = _bits(gate, fitted["gate"], *told)
             say({"memory": f"{kind}, shuffled", "nodes": size, **figures, "unshuffled_gate": same})
-
-
-def _on_device(tree: Any) -> Any:
-    """Commits everything to one device, as what is partly committed compiles twice."""
-    return jax.device_put(tree, jax.devices()[0])
-
-
-def _joined(evidence: list[Evidence], counted: list[jax.Array]) -> tuple[Evidence, jax.Array]:
-    """End to end; on the host, as XLA takes long to compile the joining of so many arrays."""
-    evidence, counted = jax.device_get((evidence, counted))
-    joined = jax.tree.map(lambda *a: np.concatenate(a), *evidence)
-    return _on_device((joined, np.concatenate(counted)))
 
 
 def _bits(gate: MemoryInterpolation, variables: Any, evidence: Evidence, counts: Any) -> float:
@@ -361,7 +288,7 @@ def _comparisons(options: Options, corpus: Corpus, row: Callable) -> Iterator[di
 
     width = options.vectors.hidden_dim + 1
     extra = byte_lm().model.moe.input_dim * width + sum(
-        leaf.size for leaf in jax.tree.leaves(reading.any_gate)
+        leaf.size for leaf in jax.tree.leaves(reading.reader.any_gate)
     )
     wider = train_one(wider_config(options, reader.num_params + extra), corpus)
     hidden = wider.model.config.moe.hidden_dim

@@ -88,7 +88,20 @@ def closing_table(
     dropped = max(evaluation["eval_dropped_fraction"])
     table.add_row("dropped choices (worst layer)", f"{dropped:.2%}")
     table.add_row("knowledge graph nodes", f"{graph_nodes:,}")
+    _add_token_memory(table, evaluation.get("token_memory"))
     return table
+
+
+def _add_token_memory(table: Table, figures: Mapping[str, Any] | None) -> None:
+    """Adds what reading whole documents with a token memory gave, where it was measured."""
+    if figures is None:
+        return
+    text = f"bits per byte of a stream of {figures['bytes']:,} held-out bytes"
+    table.add_row(f"{text}: this model", f"{figures['without']:.3f}")
+    gain = 1 - figures["bits_per_byte"] / figures["without"]
+    with_memory = f"{figures['bits_per_byte']:.3f} ({-gain:+.1%})"
+    table.add_row("... remembering what it has seen of it", with_memory)
+    table.add_row("... the same memory, shuffled", f"{figures['shuffled']:.3f}")
 
 
 def insight_table(query: str, insights: Sequence[Insight], names: Sequence[str] = ()) -> Table:
@@ -152,6 +165,8 @@ def run_table(run: Run, records: Sequence[Mapping[str, Any]]) -> Table:
         held = [record[key] for record in records if key in record]
         if held:
             table.add_row(name, f"{held[-1]:.3f}")
+    streamed = [record["token_memory"] for record in records if "token_memory" in record]
+    _add_token_memory(table, streamed[-1] if streamed else None)
     _add_health(table, jax.device_get(health(run.graph)))
     return table
 
@@ -161,7 +176,9 @@ def _add_health(table: Table, report: GraphHealth) -> None:
     edges = f"{report.mean_out_degree:.1f} out of a node, at most {report.max_in_degree:,} into one"
     table.add_row("graph: items merged", f"{report.merge_rate:.1%} of the stored")
     table.add_row("graph: near-duplicates", f"{report.duplicate_rate:.1%} of nodes")
-    table.add_row("graph: no read recorded", f"{report.never_read_share:.1%} of nodes")
+    # A graph that nothing reads, or whose readers record nothing, is not one full of useless nodes.
+    unread = "never read" if report.has_reads else "no read recorded"
+    table.add_row(f"graph: {unread}", f"{report.never_read_share:.1%} of nodes")
     table.add_row("graph: isolated", f"{report.isolated_share:.1%} of nodes")
     table.add_row("graph: edges", edges)
     table.add_row("graph: edges into the top 1% of nodes", f"{report.hub_share:.1%}")

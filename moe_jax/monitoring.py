@@ -179,7 +179,8 @@ def plot_health(figure: Figure, records: Sequence[Mapping[str, Any]], report: Gr
     through.set_ylim(-0.02, 1.02)
     _finish(through, "Shares through the run", "step", "share")
     values = [float(getattr(report, name)) for name in _SHARES]
-    bars = now.barh(list(_SHARES.values()), values, color=colours)
+    names = _SHARES | ({"never_read_share": "never read"} if report.has_reads else {})
+    bars = now.barh(list(names.values()), values, color=colours)
     now.bar_label(bars, [f"{value:.1%}" for value in values], padding=3, fontsize=7)
     now.set_xlim(0, 1.3)
     now.set_xticks([0, 0.5, 1])

@@ -16,7 +16,7 @@ from moe_jax.constellation import Constellation
 from moe_jax.experts import EXPERTS, ExpertBank
 from moe_jax.graph import Hits, InsertInfo, KnowledgeGraph
 from moe_jax.librarian import Librarian, Proposals, contrastive_loss
-from moe_jax.memory import MemoryReader
+from moe_jax.memory import MemoryReader, Reads, note_reads
 from moe_jax.reports import DraftReports
 from moe_jax.routing import (
     RoutingPlan,
@@ -56,6 +56,8 @@ class MoEOutput(NamedTuple):
         proposals: what the librarian would store; None likewise.
         losses: auxiliary losses.
         stats: balance and drops.
+        reads: the nodes that each token read, [B, S, K]; None without `memory_read`. What writes
+            the graph first counts them with `moe_jax.memory.note_reads`.
     """
 
     output: Float[Array, "B S O"]
@@ -65,6 +67,7 @@ class MoEOutput(NamedTuple):
     proposals: Proposals | None
     losses: MoELosses
     stats: RoutingStats
+    reads: Reads | None = None
 
 
 class MoESystem(nn.Module):
@@ -145,8 +148,9 @@ class MoESystem(nn.Module):
         if x.ndim != 3 or x.shape[-1] != c.input_dim:
             raise ValueError(f"x must have shape [B, S, input_dim={c.input_dim}], got {x.shape}")
         x = x.astype(c.compute_dtype)
+        reads = None
         if c.memory_read:
-            x = self.memory(x, self._checked(graph))
+            x, reads = self.memory.read(x, self._checked(graph), is_valid=is_valid)
         routed = self.constellation(x, is_valid=is_valid, source=source, is_training=is_training)
         proposals = None
         if routed.reports is not None:
@@ -159,6 +163,7 @@ class MoESystem(nn.Module):
             proposals=jax.lax.stop_gradient(proposals),
             losses=self._losses(routed.logits, routed.plan, routed.reports, proposals, is_valid),
             stats=routing_stats(routed.logits, routed.plan, is_valid),
+            reads=reads,
         )
 
     def create_graph(self) -> KnowledgeGraph:
@@ -222,7 +227,7 @@ class MoESystem(nn.Module):
     def inference_step(
         self,
     ) -> Callable[..., tuple[KnowledgeGraph, MoEOutput, InsertInfo]]:
-        """Returns one compiled step that infers and writes what it found.
+        """Returns one compiled step that infers, counts what it read and writes what it found.
 
         Returns:
             A function of (variables, graph, x, is_valid=None, source=None) that gives (graph,
@@ -243,6 +248,7 @@ class MoESystem(nn.Module):
             source: Int[Array, "B 2"] | None = None,
         ) -> tuple[KnowledgeGraph, MoEOutput, InsertInfo]:
             output = self.apply(variables, x, graph, is_valid=is_valid, source=source)
+            graph = note_reads(graph, output.reads)
             graph, info = self.write(graph, output.proposals)
             return graph, output, info
 

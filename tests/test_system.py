@@ -139,6 +139,7 @@ def written():
 
 def test_a_step_writes_what_the_librarian_kept():
     graph, out, info, _ = written()
+    assert out.reads is None
     np.testing.assert_array_equal(info.created | info.merged, out.proposals.is_kept)
     assert not np.any(info.rejected)
     assert graph.num_live == info.created.sum() > 0

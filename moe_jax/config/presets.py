@@ -100,6 +100,12 @@ def smallest_run() -> RunConfig:
     return RunConfig(
         model=model,
         training=TrainConfig(
-            steps=6, batch_size=4, seq_len=32, log_every=2, save_every=2, eval_bytes=256
+            steps=6,
+            batch_size=4,
+            seq_len=32,
+            log_every=2,
+            save_every=2,
+            eval_bytes=256,
+            eval_memory_bytes=0,
         ),
     )

@@ -76,7 +76,7 @@ class TrainConfig(Config):
         accumulate: gradient accumulation: micro-batches per step; divides batch_size.
         confidence_weight: weight of the loss that teaches the experts' confidence to match the
             probability given to the right token.
-        memory_write: write the knowledge graph.
+        memory_write: write the knowledge graph, and count in it how often its nodes are read.
         memory_write_every: steps between two writes.
         memory_write_from: share of the steps before the first write; what an untrained model
             reports would fill the graph with noise.
@@ -87,6 +87,9 @@ class TrainConfig(Config):
         checkpoints_kept: how many are kept.
         eval_bytes: least number of held-out bytes that are predicted.
         eval_context: positions at the start of a held-out window that only give context.
+        eval_memory_bytes: at the end of a run, held-out documents are read from front to back with
+            a token memory, about so many bytes and half as many to fit it; 0 for no such
+            evaluation.
     """
 
     steps: int = 1000
@@ -114,6 +117,7 @@ class TrainConfig(Config):
     checkpoints_kept: int = 3
     eval_bytes: int = 65_536
     eval_context: int = 0
+    eval_memory_bytes: int = 16_384
 
     def _check(self) -> None:
         positive(
@@ -138,6 +142,7 @@ class TrainConfig(Config):
             "save_every",
             "seed",
             "eval_context",
+            "eval_memory_bytes",
         )
         between(self, 0.0, 1.0, "warmup_fraction", "final_fraction", "memory_write_from")
         between(self, 0.0, 1.0, "beta1", "beta2", upper_open=True)

@@ -58,6 +58,11 @@ class GraphHealth(NamedTuple):
     isolated_share: Float[Array, ""]
     dead_edges: Int[Array, ""]
 
+    @property
+    def has_reads(self) -> bool:
+        """Of a report on the host: whether any read was recorded; else the share says nothing."""
+        return bool(self.num_live > 0 and self.never_read_share < 1)
+
 
 def health(
     graph: KnowledgeGraph,

@@ -1,12 +1,49 @@
 """Reading the knowledge graph back: gated cross-attention over retrieved nodes."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax._types import Array, Dtype, Float
+from moe_jax._types import Array, Bool, Dtype, Float, Int
 from moe_jax.experts import LayerNorm
-from moe_jax.graph import KnowledgeGraph, search
+from moe_jax.graph import KnowledgeGraph, record_reads, search
+
+__all__ = ["MemoryReader", "Reads", "note_reads"]
+
+
+class Reads(NamedTuple):
+    """Which nodes were read: one entry for each hit of each token.
+
+    Attributes:
+        ids: [..., K] int32 node ids, N where there is no hit.
+        is_valid: [..., K] which of them were read; none by padding.
+    """
+
+    ids: Int[Array, "*B K"]
+    is_valid: Bool[Array, "*B K"]
+
+
+def note_reads(graph: KnowledgeGraph, reads: Reads | None) -> KnowledgeGraph:
+    """Counts on a graph what was read of it: what every step that writes does before it writes.
+
+    A node that many tokens read counts as often, whatever their gate lets through.
+
+    Args:
+        graph: the graph that was read.
+        reads: what was read; None, of a model without memory, changes nothing.
+
+    Returns:
+        The graph with its `reads` counted.
+
+    Example:
+        >>> graph = KnowledgeGraph.create(2, 4)._replace(is_live=jnp.ones(2, bool))
+        >>> ids, hits = jnp.array([[0, 1], [0, 2]]), jnp.array([[True, True], [True, False]])
+        >>> note_reads(graph, Reads(ids, hits)).reads.tolist()
+        [2, 1]
+    """
+    return graph if reads is None else record_reads(graph, reads.ids, reads.is_valid)
 
 
 class MemoryReader(nn.Module):
@@ -38,14 +75,13 @@ class MemoryReader(nn.Module):
     threshold: float = 0.0
     dtype: Dtype = jnp.float32
 
-    @nn.compact
     def __call__(
         self,
         x: Float[Array, "B S D"],
         graph: KnowledgeGraph,
         values: Float[Array, "N O"] | None = None,
     ) -> Float[Array, "B S D"]:
-        """Reads.
+        """Reads; `read` also says what.
 
         Args:
             x: [B, S, D] tokens.
@@ -58,6 +94,32 @@ class MemoryReader(nn.Module):
 
         Raises:
             ValueError: if values has another shape than the graph's.
+        """
+        return self.read(x, graph, values)[0]
+
+    @nn.compact
+    def read(
+        self,
+        x: Float[Array, "B S D"],
+        graph: KnowledgeGraph,
+        values: Float[Array, "N O"] | None = None,
+        *,
+        is_valid: Bool[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], Reads]:
+        """Reads, and says which nodes.
+
+        Args:
+            x: [B, S, D] tokens.
+            graph: the memory, [N, O].
+            values: as in a call.
+            is_valid: [B, S], False for padding, whose reads do not count.
+
+        Returns:
+            What a call gives, and the K hits of each token, [B, S, K]: also those that a closed
+            gate keeps from the output.
+
+        Raises:
+            ValueError: as a call.
         """
         if values is None:
             values = jax.lax.stop_gradient(graph.value)
@@ -88,7 +150,11 @@ class MemoryReader(nn.Module):
         # A token without hits must not read the output's bias either.
         reading = jnp.where(jnp.any(hits.is_valid, axis=1)[:, None], reading, 0)
         gate = jnp.tanh(self.param("gate", nn.initializers.zeros, (model_width,)))
-        return x + (gate[None] * reading).reshape(x.shape).astype(x.dtype)
+        out = x + (gate[None] * reading).reshape(x.shape).astype(x.dtype)
+        ids, is_hit = (a.reshape(*x.shape[:2], -1) for a in (hits.ids, hits.is_valid))
+        if is_valid is not None:
+            is_hit = is_hit & is_valid[..., None]
+        return out, Reads(ids, is_hit)
 
 
 def _attend(

@@ -15,11 +15,13 @@ class TokenHits(NamedTuple):
     """What followed the contexts most alike, best first.
 
     Attributes:
+        ids: [Q, K] the nodes of those positions, N where there is no hit.
         scores: [Q, K] cosines, 0 where there is no hit.
         symbols: [Q, K] the symbols that followed, -1 where there is no hit.
         is_valid: [Q, K].
     """
 
+    ids: Int[Array, "Q K"]
     scores: Float[Array, "Q K"]
     symbols: Int[Array, "Q K"]
     is_valid: Bool[Array, "Q K"]
@@ -49,7 +51,7 @@ def read_tokens(graph: KnowledgeGraph, contexts: Float[Array, "Q D"], k: int) ->
     """
     hits = search(graph, contexts, k=min(k, graph.num_nodes), reproducible=False)
     symbols = graph.symbol.at[hits.ids].get(mode="fill", fill_value=-1)
-    return TokenHits(hits.scores, symbols, hits.is_valid)
+    return TokenHits(hits.ids, hits.scores, symbols, hits.is_valid)
 
 
 def write_tokens(
@@ -59,6 +61,7 @@ def write_tokens(
     source: Int[Array, "R 2"],
     *,
     is_valid: Bool[Array, "R"] | None = None,
+    policy: str = "oldest",
 ) -> KnowledgeGraph:
     """Appends positions; nothing merges, and in a full memory the oldest go first.
 
@@ -69,6 +72,8 @@ def write_tokens(
         source: [R, 2] document id and offset of the symbols.
         is_valid: [R], all by default; the others are not written. Vectors without a direction
             are not written either, and counted as rejected.
+        policy: of a full memory, see `moe_jax.graph.insert`; "reject" compiles in less time, for a
+            memory that cannot fill up.
 
     Returns:
         The memory after.
@@ -82,7 +87,7 @@ def write_tokens(
     """
     graph, _ = insert(
         graph, contexts, symbol=symbols, source=source, is_valid=is_valid,
-        merge_threshold=None, policy="oldest",
+        merge_threshold=None, policy=policy,
     )  # fmt: skip
     return graph
 

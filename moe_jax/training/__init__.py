@@ -21,3 +21,6 @@ from moe_jax.training.stream import StreamSums as StreamSums
 from moe_jax.training.stream import TokenReader as TokenReader
 from moe_jax.training.stream import fit_interpolation as fit_interpolation
 from moe_jax.training.stream import make_stream_step as make_stream_step
+from moe_jax.training.stream_eval import evaluate_token_memory as evaluate_token_memory
+from moe_jax.training.stream_reader import Reading as Reading
+from moe_jax.training.stream_reader import StreamReader as StreamReader

@@ -44,6 +44,7 @@ def train(
     directory: Path | None = None,
     resume: bool = False,
     on_step: Callable[[int, dict[str, Any]], None] | None = None,
+    at_end: Callable[[TrainState, KnowledgeGraph], dict[str, Any]] | None = None,
 ) -> TrainResult:
     """Trains a language model and its knowledge graph.
 
@@ -59,6 +60,7 @@ def train(
             there is none.
         on_step: called with (step, record) after every logged step; with an empty record after
             every other.
+        at_end: called after the last step; its record joins the last evaluation.
 
     Returns:
         The last state, graph and evaluation.
@@ -87,6 +89,11 @@ def train(
     step_fn = make_train_step(model, optimizer, config)
     evaluate = Evaluator(model, corpus, config)
     evaluation: dict[str, Any] = {}
+
+    def last_evaluation() -> dict[str, Any]:
+        record = evaluate(state.params, graph, memory_off=True)
+        return record | (at_end(state, graph) if at_end is not None else {})
+
     began = last_logged = time.perf_counter()
     logged_step = first
     for step in range(first + 1, c.steps + 1):
@@ -101,7 +108,7 @@ def train(
             record["tokens_per_second"] = tokens / (now - last_logged)
             last_logged, logged_step = now, step
         if is_last or (c.eval_every and step % c.eval_every == 0):
-            evaluation = evaluate(state.params, graph, memory_off=is_last)
+            evaluation = last_evaluation() if is_last else evaluate(state.params, graph)
             record = {"step": step, **record, **evaluation}
             last_logged, logged_step = time.perf_counter(), step
         if record and directory is not None:
@@ -112,7 +119,7 @@ def train(
             on_step(step, record)
     keeper.close()
     if not evaluation:
-        evaluation = evaluate(state.params, graph, memory_off=True)
+        evaluation = last_evaluation()
     return TrainResult(state, graph, evaluation, time.perf_counter() - began)
 
 

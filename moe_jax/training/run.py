@@ -33,6 +33,7 @@ from moe_jax.lm import MoELanguageModel
 from moe_jax.system import search_reports
 from moe_jax.training.loop import TrainResult, train
 from moe_jax.training.state import create_graph, create_state, make_optimizer
+from moe_jax.training.stream_eval import token_memory_evaluation
 
 _CONFIG, _MANIFEST = "config.json", "data.json"
 _QUERY_MULTIPLE = 32
@@ -164,7 +165,8 @@ def start_run(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / _CONFIG).write_text(config.to_json() + "\n")
     save_manifest(corpus, directory / _MANIFEST)
-    return train(config, corpus, directory=directory, on_step=on_step), corpus
+    at_end = token_memory_evaluation(config, corpus)
+    return train(config, corpus, directory=directory, on_step=on_step, at_end=at_end), corpus
 
 
 def resume_run(
@@ -196,7 +198,8 @@ def resume_run(
     corpus = load_corpus(data)
     if manifest(corpus) != load_manifest(directory / _MANIFEST):
         raise RunError(f"the data is not what {directory} was started with")
-    return train(config, corpus, directory=directory, resume=True, on_step=on_step), corpus
+    how = {"on_step": on_step, "at_end": token_memory_evaluation(config, corpus)}
+    return train(config, corpus, directory=directory, resume=True, **how), corpus
 
 
 def open_run(directory: Path) -> Run:

@@ -13,6 +13,7 @@ from moe_jax.data import Batch
 from moe_jax.graph import InsertInfo, KnowledgeGraph
 from moe_jax.librarian import Proposals
 from moe_jax.lm import LanguageModelOutput, MoELanguageModel
+from moe_jax.memory import note_reads
 from moe_jax.routing import balanced_bias
 from moe_jax.supervisor import BALANCE_BIAS
 from moe_jax.system import MoESystem
@@ -81,8 +82,10 @@ def make_train_step(
 
     The step splits the batch into `accumulate` micro-batches, averages their gradients over all
     valid targets, updates the parameters, and writes the proposals of the micro-batches, in
-    order, into the graph. The graph that the model reads is the one before the step. Random
-    numbers depend on the key and the step alone, so a resumed run repeats an unbroken one.
+    order, into the graph. The graph that the model reads is the one before the step, on which
+    its reads are counted before anything is written; with `memory_write=False` the graph stays
+    as it is. Random numbers depend on the key and the step alone, so a resumed run repeats an
+    unbroken one.
 
     Args:
         model: the model.
@@ -129,10 +132,12 @@ def make_train_step(
             split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
             zeros = jax.tree.map(jnp.zeros_like, state.params)
             grads, aux = jax.lax.scan(accumulate, zeros, (split, jax.random.split(key, parts)))
-        (nats, auxiliary, confidence, stats), proposals = aux
+        (nats, auxiliary, confidence, stats), proposals, reads = aux
 
         opt_state, written = state.opt_state, (jnp.zeros((), jnp.int32),) * 3
         if config.training.memory_write:
+            # Reads count at every step, written or not, and on the graph that was read.
+            graph = note_reads(graph, reads)
             graph, info = _write(model, graph, proposals, state.step, config)
             written = tuple(map(jnp.sum, (info.created, info.merged, info.rejected)))
             opt_state = write_before_update(graph, opt_state)
@@ -258,7 +263,7 @@ def _loss(
     extra = out.auxiliary_loss + config.training.confidence_weight * confidence
     loss = jnp.sum(nats) / total + extra / config.training.accumulate
     report = (jnp.sum(nats), out.auxiliary_loss, confidence, out.stats)
-    return loss, (report, out.moe.proposals)
+    return loss, (report, out.moe.proposals, out.moe.reads)
 
 
 def _rebalanced(params: Variables, load: Float[Array, "L E"], rate: float) -> Variables:

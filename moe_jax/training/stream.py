@@ -17,7 +17,9 @@ from moe_jax.memory import (
     Evidence,
     MemoryInterpolation,
     Projection,
+    Reads,
     gather_evidence,
+    note_reads,
     read_tokens,
     shuffle_symbols,
     write_tokens,
@@ -65,12 +67,13 @@ def make_stream_step(
     *,
     k: int = 32,
     span: int | None = None,
+    policy: str = "oldest",
 ) -> StreamStep:
     """Returns the compiled step of a stream; it donates the token memory.
 
     Every counted position searches the memory as it was before the batch, the two distributions
-    are mixed, and then the positions are written with the symbols that came. So no position
-    knows its own symbol or a later one of its row, nor any of the same batch.
+    are mixed, and then the reads are counted and the positions written with the symbols that
+    came. So no position knows its own symbol or a later one of its row, nor any of the same batch.
 
     Args:
         model: the model.
@@ -79,6 +82,7 @@ def make_stream_step(
         k: seen positions that each position reads.
         span: the most positions of a row that count, all by default; `stream_batches` counts at
             most `seq_len - context`, next to each other.
+        policy: of a full memory, as `write_tokens` takes it.
 
     Returns:
         (params, reader, memory, batch, *, reports=None, is_writing=True, is_shuffled=False) ->
@@ -139,7 +143,9 @@ def make_stream_step(
             count=jnp.sum(is_counted, dtype=jnp.float32),
             count_found=jnp.sum(found, dtype=jnp.float32),
         )
-        memory = write_tokens(memory, contexts, target, source, is_valid=is_counted & is_writing)
+        memory = note_reads(memory, Reads(hits.ids, hits.is_valid & is_writing))
+        how = {"is_valid": is_counted & is_writing, "policy": policy}
+        memory = write_tokens(memory, contexts, target, source, **how)
         return memory, sums, evidence, is_counted
 
     return jax.jit(step, donate_argnums=2)

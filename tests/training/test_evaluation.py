@@ -54,11 +54,16 @@ def test_memory_off_is_as_if_the_graph_were_empty(reader):
 
 def test_metrics_hold_the_health_and_at_the_end_the_loss_without_memory(corpus, tmp_path):
     config = reading_run(steps=4, eval_every=2, memory_write=False)
-    result = train(config, corpus, directory=tmp_path)
+    how = {"directory": tmp_path, "at_end": lambda state, graph: {"end": int(state.step)}}
+    result = train(config, corpus, **how)
     records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "eval_bits_per_byte" in r]
     assert [record["step"] for record in records] == [2, 4]
     for record in records:
         assert set(record["graph_health"]) == set(GraphHealth._fields)
     has_off = ["eval_bits_per_byte_memory_off" in record for record in records]
     assert has_off == [False, True]
+    assert [record.get("end") for record in records] == [None, 4]
     assert result.evaluation.items() <= records[-1].items()
+    # A run resumed after its end is judged again, and writes nothing more.
+    assert train(config, corpus, resume=True, **how).evaluation == result.evaluation
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == len(records)
