@@ -43,10 +43,10 @@ class MoELanguageModel(nn.Module):
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from moe_jax.config import LanguageModelConfig, tiny
-        >>> config = LanguageModelConfig(moe=tiny().replace(causal=True, expert="swiglu"))
-        >>> model, tokens = MoELanguageModel(config), jnp.zeros((2, 16), int)
-        >>> jax.jit(model.init_with_output)(jax.random.key(0), tokens)[0].logits.shape
+        >>> from moe_jax.config import smallest_run
+        >>> model, tokens = MoELanguageModel(smallest_run().model), jnp.zeros((2, 16), int)
+        >>> variables = jax.jit(model.init)(jax.random.key(0), tokens)
+        >>> jax.jit(model.apply)(variables, tokens).logits.shape
         (2, 16, 257)
     """
 

@@ -370,7 +370,8 @@ def search_reports(
         >>> import jax, jax.numpy as jnp
         >>> from moe_jax.config import tiny
         >>> system, x = MoESystem(tiny()), jnp.ones((2, 16, 32))
-        >>> output, _ = jax.jit(system.init_with_output)(jax.random.key(0), x)
+        >>> variables = jax.jit(system.init)(jax.random.key(0), x)
+        >>> output = jax.jit(system.apply)(variables, x)
         >>> bool(search_reports(system.create_graph(), output, k=3).is_valid.any())
         False
     """

@@ -49,13 +49,17 @@ def test_signatures_count_how_many_lengths_agree():
 
 
 def test_context_vectors_are_causal_unit_vectors():
-    run = jax.jit(VECTORS)
+    compiled = jax.jit(VECTORS)
+
+    def run(*inputs):
+        return np.asarray(compiled(*inputs))
+
     before = run(projection(), hidden(), text())
     np.testing.assert_allclose(np.linalg.norm(before, axis=-1), 1.0, rtol=1e-5)
     for t in (0, 7, S - 1):
         changed = run(projection(), hidden().at[:, t].add(1.0), text().at[:, t].add(1))
         np.testing.assert_array_equal(changed[:, :t], before[:, :t])
-        assert not np.any(np.all(np.asarray(changed[:, t] == before[:, t]), axis=-1))
+        assert not np.any(np.all(changed[:, t] == before[:, t], axis=-1))
 
 
 def test_full_whitening_makes_components_equal_and_uncorrelated():

@@ -93,7 +93,7 @@ def from_state_dict(state_dict: Mapping[str, Any], config: MoEConfig) -> Variabl
         >>> from moe_jax import MoESystem
         >>> from moe_jax.config import tiny
         >>> system = MoESystem(tiny())
-        >>> variables = jax.jit(system.init)(jax.random.key(0), jnp.ones((1, 8, 32)))
+        >>> variables = jax.jit(system.init)(jax.random.key(0), jnp.ones((2, 16, 32)))
         >>> back = from_state_dict(to_state_dict(variables), tiny())
         >>> bool((back["params"]["constellation"]["expert_embeddings"]
         ...       == variables["params"]["constellation"]["expert_embeddings"]).all())
@@ -142,7 +142,7 @@ def to_state_dict(variables: Variables) -> dict[str, np.ndarray]:
         >>> import jax, jax.numpy as jnp
         >>> from moe_jax import MoESystem
         >>> from moe_jax.config import tiny
-        >>> variables = jax.jit(MoESystem(tiny()).init)(jax.random.key(0), jnp.ones((1, 8, 32)))
+        >>> variables = jax.jit(MoESystem(tiny()).init)(jax.random.key(0), jnp.ones((2, 16, 32)))
         >>> to_state_dict(variables)["experts.3.confidence_head.weight"].shape
         (1, 64)
     """

@@ -136,7 +136,7 @@ class Evaluator:
         >>> from moe_jax.data import load_corpus
         >>> config = smallest_run()
         >>> model = MoELanguageModel(config.model)
-        >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), int))["params"]
+        >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((2, 16), int))["params"]
         >>> result = Evaluator(model, load_corpus(), config)(params, create_graph(model))
         >>> result["eval_bits_per_byte"] > 5
         True

@@ -82,10 +82,10 @@ def create_state(
         The state before the first step.
 
     Example:
-        >>> from moe_jax.config import LanguageModelConfig, TrainConfig, tiny
-        >>> config = LanguageModelConfig(moe=tiny().replace(causal=True, expert="swiglu"))
-        >>> optimizer = make_optimizer(TrainConfig())
-        >>> int(create_state(MoELanguageModel(config), optimizer, jax.random.key(0)).step)
+        >>> from moe_jax.config import smallest_run
+        >>> config = smallest_run()
+        >>> model, optimizer = MoELanguageModel(config.model), make_optimizer(config.training)
+        >>> int(create_state(model, optimizer, jax.random.key(0)).step)
         0
     """
 

@@ -215,11 +215,11 @@ def make_eval_step(
         >>> from moe_jax.config import smallest_run
         >>> from moe_jax.training import create_graph
         >>> model = MoELanguageModel(smallest_run().model)
-        >>> ids, valid = jnp.zeros((4, 32), jnp.int32), jnp.ones((4, 32), bool)
-        >>> batch = Batch(ids, ids, valid, jnp.zeros((4, 2), jnp.int32))
+        >>> ids, valid = jnp.zeros((2, 16), jnp.int32), jnp.ones((2, 16), bool)
+        >>> batch = Batch(ids, ids, valid, jnp.zeros((2, 2), jnp.int32))
         >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
         >>> float(make_eval_step(model)(params, create_graph(model), batch).count)
-        128.0
+        32.0
     """
 
     def evaluate(params: Variables, graph: KnowledgeGraph, batch: Batch) -> EvalSums:

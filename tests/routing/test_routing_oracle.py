@@ -70,6 +70,7 @@ def test_eager_and_vmap_equal_jit(priority):
     options = {"k": shape[3], "capacity": shape[4], "priority": priority}
     cases = [random_case(np.random.default_rng(seed), shape) for seed in range(4)]
     many = vmapped_route(*map(np.stack, zip(*cases, strict=True)), **options)
+    many = jax.tree.map(np.asarray, many)
     for i, case in enumerate(cases):
         alone = fast_route(*case, **options)
         jax.tree.map(lambda a, b, i=i: close(a[i], b), many, alone)

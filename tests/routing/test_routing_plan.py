@@ -61,12 +61,12 @@ def test_rows_do_not_share_slots(plan_of, case, priority):
 
 def test_position_priority_is_causal(plan_of, case):
     logits, is_valid = case
-    plan = plan_of(logits, is_valid, priority="position")
-    assert not np.all(np.asarray(plan.is_kept)[is_valid])
+    plan = jax.tree.map(np.asarray, plan_of(logits, is_valid, priority="position"))
+    assert not np.all(plan.is_kept[is_valid])
     for t in range(1, 16):
         later = np.concatenate([logits[:, :t], np.roll(logits[:, t:], 1, axis=-1)], axis=1)
         valid = np.concatenate([is_valid[:, :t], ~is_valid[:, t:]], axis=1)
-        changed = plan_of(later, valid, priority="position")
+        changed = jax.tree.map(np.asarray, plan_of(later, valid, priority="position"))
         for a, b in zip(plan, changed, strict=True):
             np.testing.assert_array_equal(a[:, :t], b[:, :t])
 
