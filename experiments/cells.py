@@ -4,9 +4,11 @@ Each row is one setting of probes against exact `moe_jax.graph.search` of the sa
 same run. "us queued" is wall time per call, waiting once for a queue of calls; "us inside" is per
 search with the whole queue in one compiled loop, which leaves out what the host does per call.
 
-Data: nodes and queries are drawn alike. "clustered" draws a direction by Zipf's law for each node
-and adds noise of `rank` dimensions that all directions share, as embeddings have; "isotropic" is
-normal noise alone, which has no cells to find and is the worst case.
+Data: "text" is what cells are for, the keys that a token memory of the standard library's source
+holds, and held-out source as queries; it needs `--run`, a folder of `moe-jax train`. The others are
+drawn: "clustered" takes a direction by Zipf's law for each node and adds noise of `rank` dimensions
+that all directions share; "isotropic" is normal noise alone, which has no cells to find and is the
+worst case.
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from moe_jax.data import load_corpus
 from moe_jax.graph import (
     KnowledgeGraph,
     build_cells,
@@ -32,7 +35,11 @@ from moe_jax.graph import (
     update_cells,
 )
 from moe_jax.graph.state import with_keys
+from moe_jax.memory import ContextVectors
 from moe_jax.ops import normalize
+from moe_jax.training import StreamReader, TokenReader
+from moe_jax.training.run import open_run
+from moe_jax.training.stream_reader import documents_by_name, first_documents
 
 ROWS_AT_ONCE = 2**16
 
@@ -54,7 +61,8 @@ class Options:
         slots_per_cell: P; 0 for the default.
         iterations: rounds of k-means.
         init: seeds of k-means.
-        data: how nodes are drawn.
+        data: where nodes and queries come from.
+        run: the trained model for "text".
         num_clusters: directions of clustered data; 0 for N / 50.
         zipf: exponent of the clusters' sizes.
         spread: length of the noise beside the unit direction.
@@ -77,7 +85,8 @@ class Options:
     slots_per_cell: int = 0
     iterations: int = 10
     init: Literal["random", "k-means++"] = "random"
-    data: Literal["clustered", "isotropic"] = "clustered"
+    data: Literal["text", "clustered", "isotropic"] = "clustered"
+    run: Path | None = None
     num_clusters: int = 0
     zipf: float = 1.0
     spread: float = 0.7
@@ -125,6 +134,35 @@ def make_graph(options: Options) -> KnowledgeGraph:
     return graph
 
 
+def text_graph(options: Options) -> tuple[KnowledgeGraph, jax.Array]:
+    """A token memory after as much text as fills it, and the keys of held-out text."""
+    if options.run is None:
+        raise SystemExit('data "text" needs --run, a folder of `moe-jax train`')
+    run, corpus = open_run(options.run), load_corpus()
+    reports = run.graph if run.config.model.moe.memory_read else None
+    vectors = ContextVectors(signature_dim=options.dim - ContextVectors().hidden_dim)
+    size = run.config.training.seq_len
+    reader = StreamReader(
+        run.model, run.params, corpus, reports=reports, vectors=vectors, seq_len=size,
+        context=size // 4, rows=32, k=1,
+    )  # fmt: skip
+
+    def batches(held_out: bool, total: int) -> list:
+        ids = documents_by_name(corpus, held_out=held_out)
+        return reader.batches(first_documents(corpus, ids, total, 2**16), 2**16)
+
+    learnt = batches(False, 4 * options.num_nodes)
+    projection = reader.fit_projection(learnt[: 1 + 2**16 // reader.positions])
+    how = TokenReader(projection, reader.any_gate)
+    graph = reader.empty(options.num_nodes)
+    for start in range(0, len(learnt), 16):
+        graph = reader.written(learnt[start : start + 16], graph, how)
+        if int(graph.num_live) == options.num_nodes:
+            break
+    seen = reader.written(batches(True, 2**16), reader.empty(2**15), how)
+    return graph, seen.key[: int(seen.num_live)]
+
+
 def seconds(function: Callable, calls: list, repeats: int) -> float:
     """Median wall time of a call, over a queue of them that is waited for once."""
     jax.block_until_ready([function(call) for call in calls])
@@ -136,10 +174,11 @@ def seconds(function: Callable, calls: list, repeats: int) -> float:
     return statistics.median(times)
 
 
-def timings(find: Callable, state: Any, options: Options, batch: int) -> dict[str, float]:
+def timings(
+    find: Callable, state: Any, options: Options, rows: jax.Array, batch: int
+) -> dict[str, float]:
     """Microseconds per call of `find(state, queries)`, queued and inside one program."""
-    rows = draw(options, 8 * batch, jax.random.key(options.seed + 2))
-    queries = rows.reshape(8, batch, options.dim)
+    queries = rows[: 8 * batch].reshape(8, batch, options.dim)
     calls = [queries[i % 8] for i in range(options.queue)]
     queued = seconds(lambda q: find(state, q), calls, options.repeats)
 
@@ -160,7 +199,14 @@ def recall(found: jax.Array, exact: jax.Array, nodes: int) -> float:
 
 def measure(options: Options) -> dict[str, Any]:
     """All figures of one run."""
-    graph = jax.block_until_ready(make_graph(options))
+    if options.data == "text":
+        graph, pool = jax.block_until_ready(text_graph(options))
+        picked = jax.random.permutation(jax.random.key(options.seed), len(pool))
+        queries = pool[picked[: max(options.recall_queries, 8 * max(options.batches))]]
+    else:
+        graph = jax.block_until_ready(make_graph(options))
+        count = max(options.recall_queries, 8 * max(options.batches))
+        queries = draw(options, count, jax.random.key(options.seed + 4))
     build = functools.partial(
         build_cells,
         graph,
@@ -178,6 +224,7 @@ def measure(options: Options) -> dict[str, Any]:
         "options": {name: str(value) for name, value in vars(options).items()},
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        "live": int(graph.num_live),
         "build_s": time.perf_counter() - started,
         "build_with_compiling_s": first_build,
         "cells": cells.members.shape,
@@ -188,14 +235,13 @@ def measure(options: Options) -> dict[str, Any]:
         **maintenance(graph, cells, options),
     }
     state = (graph, cells)
-    queries = draw(options, options.recall_queries, jax.random.key(options.seed + 4))
-    parts = [queries[i : i + 128] for i in range(0, len(queries), 128)]
+    parts = [queries[i : i + 128] for i in range(0, options.recall_queries, 128)]
     truth = jnp.concatenate([search(graph, part, options.k).ids for part in parts])
 
     def exact(state: Any, q: jax.Array) -> Any:
         return search(state[0], q, options.k, reproducible=options.reproducible)
 
-    base = {batch: timings(exact, state, options, batch) for batch in options.batches}
+    base = {batch: timings(exact, state, options, queries, batch) for batch in options.batches}
     figures["exact"] = [{"batch": batch} | base[batch] for batch in options.batches]
     figures["rows"] = []
     for probes in options.probes:
@@ -204,7 +250,7 @@ def measure(options: Options) -> dict[str, Any]:
         for batch in options.batches:
             row = {"probes": probes, "batch": batch}
             row["recall"] = recall(found, truth, options.num_nodes)
-            row |= timings(find, state, options, batch)
+            row |= timings(find, state, options, queries, batch)
             for name in ("us_queued", "us_inside"):
                 row[name.replace("us", "gain")] = base[batch][name] / row[name]
             figures["rows"].append(row)

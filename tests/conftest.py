@@ -26,7 +26,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # numbers are loose come last and are compiled without most optimisations: what they hold are
 # texts, files and rounded numbers, while tests of numbers run what users run.
 FIRST = ("test_a_killed_process", "test_notebook", "test_checkpoint_kill")
-LOOSE = ("test_cli.py", "test_examples.py")
+LOOSE = (
+    "test_graph_local.py",
+    "test_graph_probe_kernels.py",
+    "test_reads.py",
+    "test_stream_eval.py",
+    "test_cli.py",
+    "test_examples.py",
+)
 
 
 def place(item):

@@ -1,14 +1,12 @@
 """PageRank near the seeds: against all of it, a slow version, NetworkX and itself."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from graph_shapes import AWKWARD, NUM_NODES, by_hand, edges_of, networkx_rank, random_graph
 
-from moe_jax.graph import Hits, KnowledgeGraph, local, local_pagerank, pagerank
+from moe_jax.graph import Hits, local_pagerank, pagerank
 
 SIZES = ("damping", "weighted", "tol", "max_iterations")
 fast_local = jax.jit(local_pagerank, static_argnames=("max_nodes", "hops", *SIZES))
@@ -178,35 +176,6 @@ def test_ends_on_awkward_graphs(graph):
     few = fast_local(graph, seeds, max_nodes=4)
     assert np.isfinite(few.rank).all()
     assert (few.rank.sum(axis=1) + few.lost < 1.0 + 1e-6).all()
-
-
-def test_a_query_is_the_same_bits_alone_and_among_others(monkeypatch):
-    rng = np.random.default_rng(0)
-    graph = random_graph(rng)
-    ids = rng.integers(NUM_NODES, size=(5, 3)).astype(np.int32)
-    weight = rng.random((5, 3)).astype(np.float32)
-    whole = fast_local(graph, (ids, weight), max_nodes=7)
-    for q in range(5):
-        alone = fast_local(graph, (ids[q : q + 1], weight[q : q + 1]), max_nodes=7)
-        jax.tree.map(lambda a, b, q=q: np.testing.assert_array_equal(a[0], b[q]), alone, whole)
-    monkeypatch.setattr(local, "_EDGES_AT_ONCE", 2 * 7 * graph.num_edge_slots)
-    jax.clear_caches()
-    parts = local_pagerank(graph, (ids, weight), max_nodes=7)
-    jax.tree.map(np.testing.assert_array_equal, parts, whole)
-
-
-def test_no_array_but_the_graph_is_as_long_as_the_graph():
-    size = 4999
-    graph = KnowledgeGraph.create(size, 4, num_edge_slots=3)
-    seeds = (jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3)))
-
-    def longest(run):
-        text = jax.jit(run).lower(graph, seeds).compile().as_text()
-        made = re.findall(rf"= \(?\w+\[[\d,]*\b(?:{size}|{3 * size})\b[^=]*? ([\w-]+)\(", text)
-        return set(made) - {"parameter", "bitcast", "get-tuple-element", "tuple"}
-
-    assert not longest(lambda graph, seeds: local_pagerank(graph, seeds, max_nodes=32))
-    assert longest(lambda graph, seeds: pagerank(graph, personalization=seeds))
 
 
 def test_wrong_calls():
