@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
 from moe_jax.data import load_corpus
@@ -37,7 +38,7 @@ from moe_jax.graph import (
 from moe_jax.graph.state import with_keys
 from moe_jax.memory import ContextVectors
 from moe_jax.ops import normalize
-from moe_jax.training import StreamReader, TokenReader
+from moe_jax.training import StreamReader
 from moe_jax.training.run import open_run
 from moe_jax.training.stream_reader import documents_by_name, first_documents
 
@@ -115,27 +116,35 @@ def draw(options: Options, rows: int, key: jax.Array) -> jax.Array:
     return normalize(centre + options.spread * beside / rank**0.5)
 
 
-def make_graph(options: Options) -> KnowledgeGraph:
-    """A full graph, its keys written in chunks on the device."""
+def filled(options: Options, keys: Callable[[int, int], jax.Array]) -> KnowledgeGraph:
+    """A graph with the keys `keys(start, rows)`, written in chunks on the device."""
     chunk = min(ROWS_AT_ONCE, options.num_nodes)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def write(graph: KnowledgeGraph, start: jax.Array, key: jax.Array) -> KnowledgeGraph:
-        at = start + jnp.arange(chunk)
-        keys = draw(options, chunk, key)
+    def write(graph: KnowledgeGraph, start: jax.Array, keys: jax.Array) -> KnowledgeGraph:
+        at = start + jnp.arange(len(keys))
         return with_keys(graph, at, keys)._replace(
             is_live=graph.is_live.at[at].set(True, mode="drop")
         )
 
     graph = KnowledgeGraph.create(options.num_nodes, options.dim, num_edge_slots=1)
     for start in range(0, options.num_nodes, chunk):
-        key = jax.random.fold_in(jax.random.key(options.seed + 1), start)
-        graph = write(graph, jnp.int32(start), key)
+        graph = write(graph, jnp.int32(start), keys(start, chunk))
     return graph
 
 
+def drawn_graph(options: Options) -> KnowledgeGraph:
+    """A full graph of keys that are drawn."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def keys(start: int, rows: int) -> jax.Array:
+        return draw(options, rows, jax.random.fold_in(jax.random.key(options.seed + 1), start))
+
+    return filled(options, keys)
+
+
 def text_graph(options: Options) -> tuple[KnowledgeGraph, jax.Array]:
-    """A token memory after as much text as fills it, and the keys of held-out text."""
+    """A graph of the keys of as much training text as fills it, and the keys of held-out text."""
     if options.run is None:
         raise SystemExit('data "text" needs --run, a folder of `moe-jax train`')
     run, corpus = open_run(options.run), load_corpus()
@@ -144,23 +153,29 @@ def text_graph(options: Options) -> tuple[KnowledgeGraph, jax.Array]:
     size = run.config.training.seq_len
     reader = StreamReader(
         run.model, run.params, corpus, reports=reports, vectors=vectors, seq_len=size,
-        context=size // 4, rows=32, k=1,
+        context=size // 4, rows=32,
     )  # fmt: skip
 
     def batches(held_out: bool, total: int) -> list:
         ids = documents_by_name(corpus, held_out=held_out)
         return reader.batches(first_documents(corpus, ids, total, 2**16), 2**16)
 
-    learnt = batches(False, 4 * options.num_nodes)
+    learnt = batches(False, options.num_nodes + options.num_nodes // 8)
     projection = reader.fit_projection(learnt[: 1 + 2**16 // reader.positions])
-    how = TokenReader(projection, reader.any_gate)
-    graph = reader.empty(options.num_nodes)
-    for start in range(0, len(learnt), 16):
-        graph = reader.written(learnt[start : start + 16], graph, how)
-        if int(graph.num_live) == options.num_nodes:
-            break
-    seen = reader.written(batches(True, 2**16), reader.empty(2**15), how)
-    return graph, seen.key[: int(seen.num_live)]
+    encode = jax.jit(vectors)
+
+    def keys_of(batches: list) -> np.ndarray:
+        keys = []
+        for batch in batches:
+            hidden, _ = reader.hidden_step(reader.params, batch, reports)
+            found = encode(projection, hidden, batch.tokens)
+            keys.append(np.asarray(found)[np.asarray(batch.is_valid)])
+        return np.concatenate(keys)[: options.num_nodes]
+
+    keys = keys_of(learnt)
+    return filled(options, lambda start, rows: keys[start : start + rows]), keys_of(
+        batches(True, 2**16)
+    )
 
 
 def seconds(function: Callable, calls: list, repeats: int) -> float:
@@ -200,11 +215,12 @@ def recall(found: jax.Array, exact: jax.Array, nodes: int) -> float:
 def measure(options: Options) -> dict[str, Any]:
     """All figures of one run."""
     if options.data == "text":
-        graph, pool = jax.block_until_ready(text_graph(options))
-        picked = jax.random.permutation(jax.random.key(options.seed), len(pool))
+        graph, pool = text_graph(options)
+        picked = np.random.default_rng(options.seed).permutation(len(pool))
         queries = pool[picked[: max(options.recall_queries, 8 * max(options.batches))]]
+        queries = jnp.asarray(queries)
     else:
-        graph = jax.block_until_ready(make_graph(options))
+        graph = jax.block_until_ready(drawn_graph(options))
         count = max(options.recall_queries, 8 * max(options.batches))
         queries = draw(options, count, jax.random.key(options.seed + 4))
     build = functools.partial(

@@ -22,33 +22,32 @@ install_import_hook("moe_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Single long tests come first, so that no worker is left alone with one at the end. Files whose
-# numbers are loose come last and are compiled without most optimisations: what they hold are
-# texts, files and rounded numbers, while tests of numbers run what users run.
+# Single long tests come first, so that no worker is left alone with one at the end.
 FIRST = ("test_a_killed_process", "test_notebook", "test_checkpoint_kill")
-LOOSE = (
-    "test_graph_local.py",
-    "test_graph_probe_kernels.py",
-    "test_reads.py",
-    "test_stream_eval.py",
-    "test_cli.py",
-    "test_examples.py",
-)
+# Compiling is most of the work. Where tests hold bits across programs, shapes and devices, they run
+# what users run. The others hold texts, files, counts and numbers within a tolerance: their
+# programs are compiled without LLVM's optimisations, and come last.
+EXACT = ("graph", "ops")
+LOOSE = ("test_graph_local.py", "test_graph_probe_kernels.py")
+
+
+def is_loose(path):
+    return path.parent.name not in EXACT or path.name in LOOSE
 
 
 def place(item):
-    if item.path.name in LOOSE:
-        return 2 + LOOSE.index(item.path.name)
-    return 0 if any(name in item.nodeid for name in FIRST) else 1
+    if any(name in item.nodeid for name in FIRST):
+        return 0
+    return 1 + is_loose(item.path)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def optimisations(request):
-    """Compiles a loose file's programs fast; no other file may then meet one of these programs."""
-    is_loose = request.path.name in LOOSE
-    if jax.config.read("jax_disable_most_optimizations") and not is_loose:
+    """Sets the effort of compiling; an exact file never meets a loose file's programs."""
+    loose = is_loose(request.path) and jax.default_backend() == "cpu"
+    if jax.config.read("jax_disable_most_optimizations") and not loose:
         jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", is_loose)
+    jax.config.update("jax_disable_most_optimizations", loose)
 
 
 def pytest_collection_modifyitems(items):

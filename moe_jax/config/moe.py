@@ -58,7 +58,8 @@ class MoEConfig(Config):
         kg_merge_threshold: cosine at or above which an insight merges into a node.
         kg_merge_rule: "leader", keys never move; or "ema", the original's moving mean.
         kg_policy: when the graph is full, "reject" what needs a slot, or evict the "oldest",
-            "least_used" or "lowest_confidence" node.
+            "least_used" or "lowest_confidence" node. Uses are never forgotten, so in a long run
+            "least_used" wants a `kg_ttl`, or nodes once used keep new ones out.
         kg_ttl: nodes not updated for more ticks than this are deleted after each write; 0 for
             never. A write is one tick.
         kg_link_top_k: how many similar nodes a written node is linked to.

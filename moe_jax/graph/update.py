@@ -102,7 +102,8 @@ def insert(
       policy: what to do with an item that needs a slot when the graph is full: "reject" it, or
         evict the live node with the smallest (created, slot) for "oldest", (hits + reads,
         updated, slot) for "least_used", (confidence, updated, slot) for "lowest_confidence". A
-        new node always gets in, whatever its own rank.
+        new node always gets in, whatever its own rank. Uses are never forgotten: where every node
+        has been used twice, new ones take each other's place; `expire` makes room.
 
     Returns:
       The graph after, and an `InsertInfo`.

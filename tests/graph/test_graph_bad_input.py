@@ -306,10 +306,11 @@ def test_nearest_without_candidates():
     unit = normalize(keys_of(3))
     mask = np.zeros((R, R), bool)
     mask[0, 2] = True
-    ids, scores = nearest(unit, unit, mask, 3)
-    assert ids[0].tolist() == [2, R, R]
-    np.testing.assert_array_equal(ids[1:], R)
-    np.testing.assert_array_equal(scores[1:], -INF)
+    hits = nearest(unit, unit, mask, 3)
+    assert hits.ids[0].tolist() == [2, R, R]
+    np.testing.assert_array_equal(hits.ids[1:], R)
+    assert hits.is_valid.sum() == 1
+    assert (np.asarray(hits.scores)[~np.asarray(hits.is_valid)] == 0).all()
 
 
 def test_top_k_of_infinities():

@@ -114,9 +114,11 @@ def test_nearest_equals_scoring_everything(k):
     keys = np.array(normalize(random(30, 5, seed=1)))
     keys[:20] = keys[0]
     is_candidate = np.random.default_rng(2).random((6, 30)) < 0.8
-    ids, scores = nearest(queries, jnp.asarray(keys), jnp.asarray(is_candidate), k)
+    hits = nearest(queries, jnp.asarray(keys), jnp.asarray(is_candidate), k)
     full = np.where(is_candidate, exact_cosine(queries, jnp.asarray(keys)), -np.inf)
     order = np.argsort(-full, axis=1, kind="stable")[:, :k]
     expected = np.take_along_axis(full, order, axis=1)
-    np.testing.assert_array_equal(scores, expected)
-    np.testing.assert_array_equal(ids, np.where(expected > -np.inf, order, 30))
+    is_there = expected > -np.inf
+    np.testing.assert_array_equal(hits.scores, np.where(is_there, expected, 0.0))
+    np.testing.assert_array_equal(hits.ids, np.where(is_there, order, 30))
+    np.testing.assert_array_equal(hits.is_valid, is_there)
