@@ -15,7 +15,7 @@ from moe_jax.ops.code import Code
 from moe_jax.ops.nearest import Hits as Hits
 from moe_jax.ops.nearest import nearest
 
-__all__ = ["Hits", "search"]
+__all__ = ["Hits", "above", "search"]
 
 
 def search(
@@ -116,8 +116,11 @@ def _search(
 
     num_nodes = keys.shape[0]
     hits = in_blocks(find, (queries, by_query), max(1, _SCORES_AT_ONCE // num_nodes))
-    if threshold is None:
-        return hits
+    return hits if threshold is None else above(hits, threshold, num_nodes)
+
+
+def above(hits: Hits, threshold: ArrayLike, num_nodes: int) -> Hits:
+    """The hits that reach a threshold, the others being none."""
     is_hit = hits.is_valid & (hits.scores >= threshold)
     ids, scores = jnp.where(is_hit, hits.ids, num_nodes), jnp.where(is_hit, hits.scores, 0.0)
     return Hits(ids, scores, is_hit)
