@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from moe_jax._types import Array, Float, Int
+from moe_jax._types import Array, Bool, Float, Int
 
 __all__ = [
     "Direction",
@@ -55,7 +55,7 @@ class Found(NamedTuple):
 
     ids: Int[Array, "Q k"]
     scores: Float[Array, "Q k"]
-    is_found: Float[Array, "Q k"]
+    is_found: Bool[Array, "Q k"]
     unseen: Float[Array, "Q"]
 
 
