@@ -56,8 +56,7 @@ class Options:
         probes: cells probed, one row of the table each.
         batches: queries in a call, one part of the table each.
         first_pass: "codes" or "keys", see `search_cells`.
-        reproducible: make certain of the last bit, as in `search` and `search_cells`; recall is
-            taken against the certain search anyway.
+        reproducible: make certain of the last bit, in `search` and `search_cells`.
         num_cells: L; 0 for the default.
         slots_per_cell: P; 0 for the default.
         iterations: rounds of k-means.
@@ -251,11 +250,12 @@ def measure(options: Options) -> dict[str, Any]:
         **maintenance(graph, cells, options),
     }
     state = (graph, cells)
-    parts = [queries[i : i + 128] for i in range(0, options.recall_queries, 128)]
-    truth = jnp.concatenate([search(graph, part, options.k).ids for part in parts])
+    parts = [queries[i : i + 64] for i in range(0, options.recall_queries, 64)]
 
     def exact(state: Any, q: jax.Array) -> Any:
         return search(state[0], q, options.k, reproducible=options.reproducible)
+
+    truth = jnp.concatenate([exact((graph, None), part).ids for part in parts])
 
     base = {batch: timings(exact, state, options, queries, batch) for batch in options.batches}
     figures["exact"] = [{"batch": batch} | base[batch] for batch in options.batches]
