@@ -108,9 +108,8 @@ def nearest_in_cells(
         is_valid &= accepts(row)
     if first_pass == "codes":
         fetch = min(_QUICK if k <= _QUICK - 4 else k + max(8, k // 4), row.shape[1])
-        # A plain reduction: the gather of the codes fuses into it, and nothing large is stored.
-        score = jnp.sum(code.code[row].astype(jnp.float32) * queries[:, None, :], axis=-1)
-        score = jnp.where(is_valid, score * code.scale[row], -jnp.inf)
+        score = _code_products(queries, code.code, row) * code.scale[row]
+        score = jnp.where(is_valid, score, -jnp.inf)
         score, at = _top_k(score, fetch)
         row = jnp.take_along_axis(row, at, axis=1)
         is_valid = score > -jnp.inf
@@ -130,6 +129,17 @@ def _candidates(queries: Float[Array, "Q D"], lists: Lists, probes: int) -> Int[
     inside = lists.members[cell].reshape(rows, -1)
     overflow = jnp.broadcast_to(lists.overflow[None], (rows, lists.overflow.shape[0]))
     return jnp.concatenate([inside, overflow], axis=1)
+
+
+def _code_products(
+    queries: Float[Array, "Q D"], code: Int[Array, "N D"], row: Int[Array, "Q F"]
+) -> Float[Array, "Q F"]:
+    chosen = code[row].astype(jnp.float32)
+    if jax.default_backend() == "gpu":
+        # A plain reduction: the gather of the codes fuses into it, and nothing large is stored.
+        return jnp.sum(chosen * queries[:, None, :], axis=-1)
+    # XLA on CPUs runs such a reduction on one core, an entry at a time.
+    return jnp.einsum("qfd,qd->qf", chosen, queries, precision=jax.lax.Precision.HIGHEST)
 
 
 def _exact(
