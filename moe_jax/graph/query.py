@@ -110,8 +110,8 @@ def _search(
             accepted = FILTERS[name].compare(fields[name][None, :], wanted[:, None])
             mask = jnp.atleast_2d(mask) & accepted
         return nearest(
-            queries, keys, mask, k, floor, code=codes, precision=precision, is_unit=False,
-            is_query=jnp.any(queries != 0.0, axis=-1), implementation=implementation,
+            queries, keys, mask, k, floor, code=codes, is_unit=False, precision=precision,
+            implementation=implementation,
         )  # fmt: skip
 
     num_nodes = keys.shape[0]

@@ -14,15 +14,20 @@ from jax.experimental.pallas import triton as plgpu
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops._kernel_parts import (
+    MAX_CHUNKS,
     Found,
+    chunk_of,
     code_of,
     direction,
     found_shapes,
     largest,
+    largest_chunks,
+    launch,
     load_queries,
     score_and_store,
     step_of,
-    whole,
+    takes_width,
+    unit_of,
 )
 from moe_jax.ops.code import Code
 
@@ -31,14 +36,13 @@ __all__ = ["is_supported", "probe"]
 _TILE = 128  # places of a cell that one program scores
 _CELLS = 16  # centroids that one program scores
 _QUERIES = 16  # queries that one program scores centroids for
-_MAX_CHUNKS = 8192  # bounds of a query that fit the last kernel's registers
 _RANKS_PER_COSINE = 2**15
 _MAX_CELLS = 16384  # cosines of a query that fit the second kernel's registers
 
 
 def is_supported(num_cells: int, dim: int) -> bool:
     """Whether `probe` can take such sizes."""
-    return dim % 64 == 0 and dim <= 4096 and num_cells <= _MAX_CELLS
+    return takes_width(dim) and num_cells <= _MAX_CELLS
 
 
 def probe(
@@ -73,7 +77,7 @@ def probe(
     Returns:
       `Found`, whose `unseen` is not set.
     """
-    call = functools.partial(_call, interpret=interpret)
+    call = functools.partial(launch, interpret=interpret)
     num_queries, dim = queries.shape
     num_cells, places = members.shape
     floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -93,7 +97,7 @@ def probe(
     extra = -(-overflow.shape[0] // (parts * _TILE))
     total = (probes + extra) * parts * _TILE
     rows_per_chunk = 16
-    while total > rows_per_chunk * _MAX_CHUNKS and rows_per_chunk < _TILE:
+    while total > rows_per_chunk * MAX_CHUNKS and rows_per_chunk < _TILE:
         rows_per_chunk *= 2
     score, row, bounds = call(
         functools.partial(_scan_kernel, probes=probes, parts=parts, step=step_of(dim, 256),
@@ -114,19 +118,6 @@ def probe(
     ), None)  # fmt: skip
 
 
-def _call(kernel, grid, inputs, outputs, *, num_warps, interpret):
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=[whole(x.shape) for x in inputs],
-        out_specs=jax.tree.map(lambda x: whole(x.shape), outputs),
-        out_shape=outputs,
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=3),
-        interpret=interpret,
-        name=kernel.func.__name__.strip("_").removesuffix("_kernel"),
-    )(*inputs)
-
-
 def _cosine_kernel(query_ref, centroid_ref, out_ref, *, step):
     num_cells, dim = centroid_ref.shape
     num_queries = query_ref.shape[0]
@@ -145,10 +136,11 @@ def _cosine_kernel(query_ref, centroid_ref, out_ref, *, step):
             query_ref.at[jnp.minimum(at, num_queries - 1)[:, None], column[None, :]],
             mask=is_there, other=0.0,
         )  # fmt: skip
-        x = jnp.where(towards.shift[:, None] > 0, x * towards.shift[:, None], 0.0)
-        x = x * towards.to_unit[:, None]
         return total + jax.lax.dot_general(
-            x, centroid, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            unit_of(x, towards),
+            centroid,
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
         )
 
     total = jnp.zeros((_QUERIES, _CELLS), jnp.float32)
@@ -242,12 +234,9 @@ def _select_kernel(
 ):  # fmt: skip
     query, num_chunks = pl.program_id(0), bound_ref.shape[1]
     num_rows = key_ref.shape[0]
-    chunk = jax.lax.iota(jnp.int32, pl.next_power_of_2(num_chunks))
-    bound = plgpu.load(bound_ref.at[query, chunk], mask=chunk < num_chunks, other=-jnp.inf)
-    chunks, _ = largest(bound, None, num_picked, nothing=num_chunks)
+    chunks, _ = largest_chunks(bound_ref, query, num_picked)
     position = jax.lax.iota(jnp.int32, num_picked * rows_per_chunk)
-    is_mine = (position // rows_per_chunk)[:, None] == jax.lax.iota(jnp.int32, num_picked)[None, :]
-    own = jnp.sum(jnp.where(is_mine, chunks[None, :], 0), axis=1)
+    own = chunk_of(position, chunks, rows_per_chunk)
     at = own * rows_per_chunk + position % rows_per_chunk
     is_there = own < num_chunks
     score = plgpu.load(score_ref.at[query, at], mask=is_there, other=-jnp.inf)

@@ -17,15 +17,20 @@ from jax.experimental.pallas import triton as plgpu
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops._kernel_parts import (
+    MAX_CHUNKS,
     Found,
+    chunk_of,
     code_of,
     direction,
     found_shapes,
     largest,
+    largest_chunks,
+    launch,
     load_queries,
     score_and_store,
     step_of,
-    whole,
+    takes_width,
+    unit_of,
 )
 from moe_jax.ops.code import Code
 
@@ -38,12 +43,11 @@ _TILE = 128  # rows of codes that one program multiplies
 _GROUP = 512  # rows that the second kernel scores at a time, _STEP coordinates in one go
 _STEP = 128
 _MANY = 1024  # queries that fill a GPU with programs of four warps
-_MAX_CHUNKS = 8192  # bounds of a query that fit the second kernel's registers
 
 
 def is_supported(num_rows: int, dim: int) -> bool:
     """Whether `pick` can take such sizes: at least a tile of rows, and a width in whole steps."""
-    return num_rows >= _TILE and dim % 64 == 0 and dim <= 4096
+    return num_rows >= _TILE and takes_width(dim)
 
 
 def num_to_pick(k: int) -> int:
@@ -85,24 +89,16 @@ def pick(
         bounds = jnp.max(bounds.reshape(bounds.shape[0], -1, joined), axis=2)
     kernel = functools.partial(_select_kernel, num_picked=num_picked, rows_per_chunk=rows_per_chunk)
     inputs = (bounds, queries, keys, table.code, table.scale, table.error, is_candidate)
-    shapes = found_shapes(queries.shape[0], k)
-    warps = 4 if queries.shape[0] >= _MANY else 8
-    return pl.pallas_call(
-        kernel,
-        grid=(queries.shape[0],),
-        in_specs=[whole(x.shape) for x in inputs],
-        out_specs=jax.tree.map(lambda x: whole(x.shape), shapes),
-        out_shape=shapes,
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
-        interpret=interpret,
-        name="select",
-    )(*inputs)
+    return launch(
+        kernel, (queries.shape[0],), inputs, found_shapes(queries.shape[0], k),
+        num_warps=4 if queries.shape[0] >= _MANY else 8, num_stages=2, interpret=interpret,
+    )  # fmt: skip
 
 
 def _rows_per_chunk(num_rows: int) -> int:
     """The least power of two, from 16, that keeps the number of chunks small."""
     size = 16
-    while -(-num_rows // _TILE) * _TILE > size * _MAX_CHUNKS:
+    while -(-num_rows // _TILE) * _TILE > size * MAX_CHUNKS:
         size *= 2
     return size
 
@@ -129,27 +125,23 @@ def _encode(
     num_queries, dim = queries.shape
     rows = num_queries + -num_queries % _query_block(num_queries)
 
-    def kernel(query_ref, code_ref, scale_ref):
-        at = pl.program_id(0)
-        x = load_queries(query_ref, at, 1)
-        towards = direction(x)
-        column = jax.lax.iota(jnp.int32, x.shape[1])
-        code = code_of(x, towards).astype(jnp.int8)
-        column = jnp.minimum(column, dim - 1)[None, :], (column < dim)[None, :]
-        plgpu.store(code_ref.at[at + jnp.zeros_like(column[0]), column[0]], code, mask=column[1])
-        scale_ref[at] = jnp.max(towards.scale)
+    outputs = (
+        jax.ShapeDtypeStruct((rows, dim), jnp.int8),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+    )
+    how = {"num_warps": 4, "num_stages": None, "interpret": interpret}
+    return launch(_encode_kernel, (rows,), (queries,), outputs, **how)
 
-    shapes = ((rows, dim), jnp.int8), ((rows,), jnp.float32)
-    return pl.pallas_call(
-        kernel,
-        grid=(rows,),
-        in_specs=[whole(queries.shape)],
-        out_specs=[whole(shape) for shape, _ in shapes],
-        out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
-        compiler_params=plgpu.CompilerParams(num_warps=4),
-        interpret=interpret,
-        name="encode",
-    )(queries)
+
+def _encode_kernel(query_ref, code_ref, scale_ref):
+    at, dim = pl.program_id(0), code_ref.shape[1]
+    x = load_queries(query_ref, at, 1)
+    towards = direction(x)
+    column = jax.lax.iota(jnp.int32, x.shape[1])[None, :]
+    code = code_of(x, towards).astype(jnp.int8)
+    place = at + jnp.zeros_like(column), jnp.minimum(column, dim - 1)
+    plgpu.store(code_ref.at[place], code, mask=column < dim)
+    scale_ref[at] = jnp.max(towards.scale)
 
 
 def _chunk_bounds(
@@ -168,17 +160,11 @@ def _chunk_bounds(
     per_tile = _TILE // min(_rows_per_chunk(num_rows), _TILE)
     step = step_of(dim, 256 if block < 128 else 128)
     kernel = functools.partial(_chunk_bounds_kernel, block=block, step=step, per_tile=per_tile)
-    inputs = (code, scale, *table, is_candidate)
-    return pl.pallas_call(
-        kernel,
-        grid=(tiles, num_queries // block),
-        in_specs=[whole(x.shape) for x in inputs],
-        out_specs=whole((num_queries, tiles * per_tile)),
-        out_shape=jax.ShapeDtypeStruct((num_queries, tiles * per_tile), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=4 if block < 128 else 8, num_stages=3),
-        interpret=interpret,
-        name="chunk_bounds",
-    )(*inputs)
+    bounds = jax.ShapeDtypeStruct((num_queries, tiles * per_tile), jnp.float32)
+    return launch(
+        kernel, (tiles, num_queries // block), (code, scale, *table, is_candidate), bounds,
+        num_warps=4 if block < 128 else 8, interpret=interpret,
+    )  # fmt: skip
 
 
 def _chunk_bounds_kernel(
@@ -222,24 +208,20 @@ def _select_kernel(
     bounds_ref, query_ref, key_ref, rows_ref, rows_scale_ref, rows_error_ref, counts_ref,
     ids_ref, scores_ref, is_found_ref, unseen_ref, *, num_picked, rows_per_chunk,
 ):  # fmt: skip
-    query, num_chunks = pl.program_id(0), bounds_ref.shape[1]
+    query = pl.program_id(0)
     num_rows, dim = rows_ref.shape
     x = load_queries(query_ref, query, 1)
     towards = direction(x)
-    chunk = jax.lax.iota(jnp.int32, pl.next_power_of_2(num_chunks))
-    bound = plgpu.load(bounds_ref.at[query, chunk], mask=chunk < num_chunks, other=-jnp.inf)
-    chunks, left_out = largest(bound, None, num_picked, nothing=chunk.shape[0])
+    chunks, left_out = largest_chunks(bounds_ref, query, num_picked)
 
     num_positions = num_picked * rows_per_chunk
     group = min(_GROUP, num_positions)
     scale = jnp.max(towards.scale)
-    slot = jax.lax.iota(jnp.int32, num_picked)
     step = step_of(dim, _STEP)
 
     def score(g, found):
         position = g * group + jax.lax.iota(jnp.int32, group)
-        is_mine = (position // rows_per_chunk)[:, None] == slot[None, :]
-        own = jnp.sum(jnp.where(is_mine, chunks[None, :], 0), axis=1)
+        own = chunk_of(position, chunks, rows_per_chunk)
         row, counts = _row(own * rows_per_chunk + position % rows_per_chunk, num_rows)
         row = jnp.where(counts, row, 0)
         counts = counts & plgpu.load(counts_ref.at[row])
@@ -270,8 +252,7 @@ def _select_kernel(
     bound, row = bound.reshape(num_positions), row.reshape(num_positions)
     ids, second = largest(bound, row, num_picked, nothing=num_rows)
     # The bounds are on the product with the query's code: its own rounding comes on top.
-    unit = jnp.where(towards.shift[:, None] > 0, x * towards.shift[:, None], 0.0)
-    rest = unit * towards.to_unit[:, None] - code_of(x, towards) * towards.scale[:, None]
+    rest = unit_of(x, towards) - code_of(x, towards) * towards.scale[:, None]
     own_error = jnp.sqrt(jnp.sum(jnp.sum(rest * rest, axis=1))) * 1.001 + 1e-5
     unseen_ref[query] = jnp.maximum(left_out, second) + own_error
     out = Found(ids_ref, scores_ref, is_found_ref, unseen_ref)

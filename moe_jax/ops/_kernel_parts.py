@@ -1,6 +1,8 @@
 """Parts of the search kernels for NVIDIA GPUs: directions of queries, selection, full scores."""
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +12,25 @@ from jax.experimental.pallas import triton as plgpu
 from moe_jax._types import Array, Bool, Float, Int
 
 __all__ = [
+    "MAX_CHUNKS",
     "Direction",
     "Found",
+    "chunk_of",
     "code_of",
     "direction",
     "found_shapes",
     "largest",
+    "largest_chunks",
+    "launch",
     "load_queries",
     "score_and_store",
     "step_of",
-    "whole",
+    "takes_width",
+    "unit_of",
 ]
+
+MAX_CHUNKS = 8192
+"""How many bounds of a query fit the registers of a program that picks from them."""
 
 _LOWEST = -(2**31)
 _LARGEST_CODE = 126.6  # rounds to at most 127 whatever the last bits are
@@ -67,9 +77,50 @@ def found_shapes(num_queries: int, k: int) -> Found:
     return Found(*arrays, jax.ShapeDtypeStruct((num_queries,), jnp.float32))
 
 
-def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-    """A block that is the whole array, of which a program loads what it wants."""
-    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+def takes_width(dim: int) -> bool:
+    """Whether the kernels can take vectors so wide: whole steps, and a vector in registers."""
+    return dim % 64 == 0 and dim <= 4096
+
+
+def launch(
+    kernel: Callable | functools.partial,
+    grid: tuple[int, ...],
+    inputs: tuple[Array, ...],
+    outputs: Any,
+    *,
+    num_warps: int,
+    num_stages: int | None = 3,
+    interpret: bool,
+) -> Any:
+    """Run a kernel, named `_name_kernel`, on whole arrays, of which a program loads what it wants.
+
+    Args:
+      kernel: takes a reference to each input, then to each output.
+      grid: how many programs along each axis.
+      inputs: arrays.
+      outputs: a tree of shapes and dtypes.
+      num_warps: of a program.
+      num_stages: of a program's loops.
+      interpret: run it as ordinary operations, on any device, to test it.
+
+    Returns:
+      Arrays like `outputs`.
+    """
+
+    def whole(x: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
+
+    name = getattr(kernel, "func", kernel).__name__
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[whole(x) for x in inputs],
+        out_specs=jax.tree.map(whole, outputs),
+        out_shape=outputs,
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=interpret,
+        name=name.strip("_").removesuffix("_kernel"),
+    )(*inputs)
 
 
 def step_of(dim: int, at_most: int) -> int:
@@ -107,10 +158,42 @@ def direction(x: Float[Array, "Q D"]) -> Direction:
     return Direction(shift, to_unit, to_code, top * to_unit * (1.0 / _LARGEST_CODE))
 
 
+def unit_of(x: Float[Array, "Q D"], towards: Direction) -> Float[Array, "Q D"]:
+    """Unit vectors, zero without a direction."""
+    return _shifted(x, towards) * towards.to_unit[:, None]
+
+
 def code_of(x: Float[Array, "Q D"], towards: Direction) -> Float[Array, "Q D"]:
     """Vectors in whole steps from -127 to 127."""
-    x = jnp.where(towards.shift[:, None] > 0, x * towards.shift[:, None], 0.0)
-    return jnp.floor(x * towards.to_code[:, None] + 0.5)
+    return jnp.floor(_shifted(x, towards) * towards.to_code[:, None] + 0.5)
+
+
+def _shifted(x: Float[Array, "Q D"], towards: Direction) -> Float[Array, "Q D"]:
+    shift = towards.shift[:, None]
+    return jnp.where(shift > 0, x * shift, 0.0)
+
+
+def largest_chunks(bound_ref, query: Array, count: int) -> tuple[Int[Array, "F"], Float[Array, ""]]:
+    """The chunks with a query's largest bounds, from C on where there are fewer; bound of the rest.
+
+    Args:
+      bound_ref: float32 [Q, C].
+      query: which row of it.
+      count: F.
+    """
+    num_chunks = bound_ref.shape[1]
+    chunk = jax.lax.iota(jnp.int32, pl.next_power_of_2(num_chunks))
+    bound = plgpu.load(bound_ref.at[query, chunk], mask=chunk < num_chunks, other=-jnp.inf)
+    return largest(bound, None, count, nothing=chunk.shape[0])
+
+
+def chunk_of(
+    position: Int[Array, "P"], chunks: Int[Array, "F"], rows_per_chunk: int
+) -> Int[Array, "P"]:
+    """The chunk of each position, counted through some chunks end to end."""
+    slot = jax.lax.iota(jnp.int32, chunks.shape[0])
+    is_mine = (position // rows_per_chunk)[:, None] == slot[None, :]
+    return jnp.sum(jnp.where(is_mine, chunks[None, :], 0), axis=1)
 
 
 def largest(
@@ -159,8 +242,8 @@ def score_and_store(
     def add(i, total):
         at = i * step + jax.lax.iota(jnp.int32, step)
         key = plgpu.load(key_ref.at[jnp.minimum(ids, num_rows - 1)[:, None], at[None, :]])
-        x = query_ref[query, pl.ds(i * step, step)][None, :] * towards.shift[:, None]
-        return total + jnp.sum(key * (x * towards.to_unit[:, None]), axis=1)
+        x = unit_of(query_ref[query, pl.ds(i * step, step)][None, :], towards)
+        return total + jnp.sum(key * x, axis=1)
 
     score = jax.lax.fori_loop(0, dim // step, add, jnp.zeros(num_picked, jnp.float32))
     is_sound = jnp.max(towards.shift) > 0

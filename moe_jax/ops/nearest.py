@@ -88,16 +88,16 @@ def nearest(
     """
     if precision not in ("exact", "scored", "quick"):
         raise ValueError(f"precision must be 'exact', 'scored' or 'quick', got {precision!r}")
-    num_queries, num_keys = queries.shape[0], keys.shape[0]
+    num_keys = keys.shape[0]
     if not 1 <= k <= num_keys:
         raise ValueError(f"k must be between 1 and {num_keys} (keys), got {k}")
-    if is_query is None:
-        is_query = jnp.ones(num_queries, bool)
     mask = jnp.atleast_2d(is_candidate)
     unit = queries if is_unit else normalize(queries)
+    has_direction = jnp.any(unit != 0.0, axis=-1)
+    is_query = has_direction if is_query is None else has_direction & is_query
 
     def hits(ids: Array, scores: Array) -> Hits:
-        is_valid = (scores > -jnp.inf) & jnp.any(unit != 0.0, axis=-1, keepdims=True)
+        is_valid = (scores > -jnp.inf) & has_direction[:, None]
         return Hits(jnp.where(is_valid, ids, num_keys), jnp.where(is_valid, scores, 0.0), is_valid)
 
     def score_all() -> Hits:
