@@ -1,9 +1,11 @@
 """Eight virtual CPU devices, strict rank promotion and annotations checked at run time."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -43,6 +45,20 @@ def place(item):
     if any(name in item.nodeid for name in FIRST):
         return 0
     return 1 + is_loose(item.path)
+
+
+# Every compiled program keeps a few memory mappings, of which Linux gives a process 65,530; the one
+# that asks for more dies of it. No single file needs half as many.
+MANY_MAPPINGS = 25_000
+MAPPINGS = Path("/proc/self/maps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mappings():
+    """Forgets the compiled programs of earlier files before there are too many."""
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module", autouse=True)
