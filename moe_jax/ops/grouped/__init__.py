@@ -1,0 +1,9 @@
+"""Matmuls of groups of rows, each with a matrix of its own."""
+
+from moe_jax.ops.grouped.groups import BLOCK as BLOCK
+from moe_jax.ops.grouped.groups import Groups as Groups
+from moe_jax.ops.grouped.groups import group_of_rows as group_of_rows
+from moe_jax.ops.grouped.groups import is_row as is_row
+from moe_jax.ops.grouped.groups import make_groups as make_groups
+from moe_jax.ops.grouped.groups import padded_rows as padded_rows
+from moe_jax.ops.grouped.matmul import grouped_matmul as grouped_matmul

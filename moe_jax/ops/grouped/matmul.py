@@ -1,0 +1,118 @@
+"""Each group of rows times its own matrix: one API, a reference, and what runs fast where."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax._types import Array, Float, Int
+from moe_jax.ops.grouped import _hopper, _portable
+from moe_jax.ops.grouped.groups import Groups, group_of_rows, is_row, make_groups
+
+
+def grouped_matmul(
+    x: Float[Array, "R _"],
+    w: Float[Array, "_ _ J"],
+    groups: Groups | Int[Array, "_"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "R J"]:
+    """Multiplies the rows of group e by w[e]; differentiable in `x` and `w`.
+
+    With `Groups` the rows are laid out as `make_groups` says, and are used where they lie. What
+    padding holds must be finite, and what comes out there must not be used. With sizes alone the
+    groups follow each other, the rows after the last may hold anything and come out zero, and
+    laying the rows out and back costs a copy each way.
+
+    Sums are taken in float32. The same input gives the same bits every time.
+
+    Args:
+        x: [R, I] rows.
+        w: [E, I, J] of the same dtype, a matrix for each group.
+        groups: the layout of the R rows, or the sizes [E] int32 of consecutive groups, whose sum
+            is at most R.
+        implementation: "mosaic", kernels for NVIDIA Hopper (16-bit, I and J multiples of 128);
+            "xla", everywhere; None for the fastest that takes this input here.
+
+    Returns:
+        [R, J] in the dtype of `x`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or "mosaic" is asked for and cannot run.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, w = jnp.ones((4, 2)), jnp.array([1.0, 2.0])[:, None, None] * jnp.ones((2, 2, 3))
+        >>> grouped_matmul(x, w, jnp.array([1, 2]))[:, 0].tolist()
+        [2.0, 4.0, 4.0, 0.0]
+    """
+    _check(x, w, groups)
+    if implementation is None:
+        implementation = "mosaic" if _hopper.takes(x, w.shape) else "xla"
+    elif implementation == "mosaic" and not _hopper.takes(x, w.shape):
+        raise ValueError(
+            'implementation="mosaic" wants an NVIDIA Hopper GPU, a 16-bit dtype, and widths that '
+            f"128 divides; got {x.dtype} and w of shape {w.shape} on {jax.default_backend()}"
+        )
+    elif implementation not in ("xla", "mosaic"):
+        raise ValueError(f'implementation must be "xla", "mosaic" or None, got {implementation!r}')
+    if isinstance(groups, Groups):
+        return _matmul(x, w, groups, implementation)
+    layout = make_groups(groups, x.shape[0])
+    laid_out, back = _places(groups, layout, x.shape[0])
+    rows = x.at[laid_out].get(mode="fill", fill_value=0, unique_indices=True)
+    out = _matmul(rows, w, layout, implementation)
+    return out.at[back].get(mode="fill", fill_value=0, unique_indices=True)
+
+
+def _check(x: Array, w: Array, groups: Groups | Array) -> None:
+    is_layout = isinstance(groups, Groups)
+    num_groups = groups.num_groups if is_layout else groups.shape[0]
+    if w.shape[0] != num_groups:
+        raise ValueError(f"w must have a matrix for each of {num_groups} groups, got {w.shape}")
+    if x.shape[1] != w.shape[1]:
+        raise ValueError(f"x {x.shape} and w {w.shape} must agree in the width of a row")
+    if x.dtype != w.dtype:
+        raise ValueError(f"x and w must have the same dtype, got {x.dtype} and {w.dtype}")
+    if is_layout and x.shape[0] != groups.num_rows:
+        raise ValueError(f"x must have the layout's {groups.num_rows} rows, got {x.shape[0]}")
+
+
+def _places(
+    size: Int[Array, "E"], layout: Groups, num_rows: int
+) -> tuple[Int[Array, "P"], Int[Array, "R"]]:
+    """Where the layout's rows come from among consecutive ones, and where those go."""
+    begin = (jnp.cumsum(size) - size).astype(jnp.int32)
+    row = jnp.arange(layout.num_rows, dtype=jnp.int32)
+    group = jnp.minimum(group_of_rows(layout), layout.num_groups - 1)
+    # Every index out of range is another one, as unique indices promise.
+    come_from = jnp.where(is_row(layout), row - layout.start[group] + begin[group], num_rows + row)
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    group = jnp.searchsorted(begin + size, row, side="right").astype(jnp.int32)
+    shift = jnp.append(layout.start - begin, layout.num_rows)[group]
+    return come_from, row + shift
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul(
+    x: Float[Array, "R I"], w: Float[Array, "E I J"], groups: Groups, implementation: str
+) -> Float[Array, "R J"]:
+    if implementation == "mosaic":
+        return _hopper.rows_by_matrices(x, w, groups)
+    return _portable.rows_by_matrices(x, w, groups)
+
+
+def _matmul_fwd(x, w, groups, implementation):
+    return _matmul(x, w, groups, implementation), (x, w, groups)
+
+
+def _matmul_bwd(implementation, residuals, grad):
+    x, w, groups = residuals
+    if implementation == "mosaic":
+        grad_x = _hopper.rows_by_matrices(grad, w, groups, transpose=True)
+        return grad_x, _hopper.rows_by_rows(x, grad, groups), None
+    grad_x = _portable.rows_by_matrices(grad, jnp.swapaxes(w, 1, 2), groups)
+    return grad_x, _portable.rows_by_rows(x, grad, groups), None
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)

@@ -1,0 +1,176 @@
+"""Grouped matmuls: every implementation against a float64 loop, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.ops.grouped import BLOCK, _hopper, grouped_matmul, is_row, make_groups, padded_rows
+
+INNER, OUTER = 128, 256
+SIZES = {
+    "even": [64, 64, 64],
+    "ragged": [100, 3, 89],
+    "an empty group": [0, 130, 5],
+    "one takes all": [0, 0, 192],
+    "all empty": [0, 0, 0],
+}
+ROWS = 200
+
+
+def operands(dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    x, grad = (rng.normal(size=(ROWS, n)) for n in (INNER, OUTER))
+    w = rng.normal(size=(3, INNER, OUTER))
+    return tuple(jnp.asarray(a, dtype) for a in (x, w, grad))
+
+
+def slow(x, w, grad, sizes):
+    """The product, and the gradients of sum(product * grad), one group after the other."""
+    x, w, grad = (np.asarray(a, np.float64) for a in (x, w, grad))
+    out, grad_x, grad_w = np.zeros(grad.shape), np.zeros(x.shape), np.zeros(w.shape)
+    start = 0
+    for group, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        out[rows] = x[rows] @ w[group]
+        grad_x[rows] = grad[rows] @ w[group].T
+        grad_w[group] = x[rows].T @ grad[rows]
+        start += size
+    return out, grad_x, grad_w
+
+
+def with_gradients(x, w, grad, sizes, **how):
+    out, back = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, **how), x, w)
+    return out, *back(grad)
+
+
+compiled = jax.jit(with_gradients, static_argnames="implementation")
+
+
+def assert_close(found, expected, dtype):
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+    for a, b in zip(found, expected, strict=True):
+        assert np.all(np.isfinite(np.asarray(a, np.float32)))
+        error = np.linalg.norm(np.asarray(a, np.float64) - b)
+        assert error <= tolerance * max(np.linalg.norm(b), 1e-30)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_equals_a_float64_loop(sizes, dtype):
+    x, w, grad = operands(dtype)
+    found = compiled(x, w, grad, jnp.array(sizes), implementation="xla")
+    assert_close(found, slow(x, w, grad, sizes), dtype)
+    again = compiled(x, w, grad, jnp.array(sizes), implementation="xla")
+    jax.tree.map(np.testing.assert_array_equal, found, again)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_rows_after_the_last_group_may_hold_anything(sizes):
+    x, w, grad = operands()
+    tail = (jnp.arange(ROWS) >= sum(sizes))[:, None]
+    poisoned = jnp.where(tail, jnp.nan, x), w, jnp.where(tail, jnp.nan, grad)
+    found = compiled(*poisoned, jnp.array(sizes), implementation="xla")
+    assert_close(found, slow(x, w, grad, sizes), jnp.float32)
+    assert not np.any(found[0][sum(sizes) :])
+    assert not np.any(found[1][sum(sizes) :])
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_layout_gives_every_group_its_own_blocks(sizes):
+    groups = make_groups(jnp.array(sizes), ROWS)
+    assert groups.num_rows == padded_rows(ROWS, 3)
+    owner = np.full(groups.num_rows, -1)
+    for group, (start, size) in enumerate(zip(groups.start, sizes, strict=True)):
+        assert start % BLOCK == 0
+        assert np.all(owner[start : start + size] == -1)
+        owner[start : start + size] = group
+    np.testing.assert_array_equal(is_row(groups), owner >= 0)
+    for block, group in zip(owner.reshape(-1, BLOCK), groups.block_group, strict=True):
+        assert set(block) <= {-1, int(group)}
+        assert (int(group) == 3) == bool(np.all(block == -1))
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_a_tile_of_rows_belongs_to_one_group(sizes):
+    """What the kernels walk over: each used block in one tile, once, and the rest zeroed."""
+    groups = make_groups(jnp.array(sizes), ROWS)
+    group, start, rows, num = (np.asarray(a) for a in _hopper.row_tiles(groups))
+    seen = np.full(groups.num_rows // BLOCK, -1)
+    for i in range(num[0]):
+        assert rows[i] in (BLOCK, 2 * BLOCK)
+        blocks = slice(start[i] // BLOCK, (start[i] + rows[i]) // BLOCK)
+        assert np.all(seen[blocks] == -1)
+        seen[blocks] = group[i]
+    np.testing.assert_array_equal(seen, groups.block_group)
+    assert not np.any(rows[num[0] :])
+
+
+def interpreter():
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams()
+
+
+LEGS = ["forward", "left", "weight"]
+
+
+@pytest.mark.parametrize("leg", LEGS)
+def test_hopper_kernels_interpreted(leg, monkeypatch):
+    """The kernels' own code, every warpgroup, barrier and copy of it, run by an interpreter."""
+    if leg != "forward" and jax.__version_info__ < (0, 11):
+        pytest.skip("the interpreter of this jax cannot read a transposed operand")
+    monkeypatch.setattr(_hopper, "_num_programs", lambda: 2)
+    sizes, (x, w, grad) = [70, 0, 5], operands(jnp.bfloat16)
+    groups, n = make_groups(jnp.array(sizes), 80), sum(sizes)
+    row = np.flatnonzero(is_row(groups))
+    laid_out, laid_out_grad = (
+        jnp.zeros((groups.num_rows, a.shape[1]), a.dtype).at[row].set(a[:n]) for a in (x, grad)
+    )
+    expected = dict(zip(LEGS, slow(x[:n], w, grad[:n], sizes), strict=True))[leg]
+    if leg == "weight":
+        found = _hopper.rows_by_rows(laid_out, laid_out_grad, groups, interpret=interpreter())
+    else:
+        rows = laid_out if leg == "forward" else laid_out_grad
+        how = {"transpose": leg == "left", "interpret": interpreter()}
+        found = _hopper.rows_by_matrices(rows, w, groups, **how)
+        used = int(jnp.sum(-(-groups.size // BLOCK))) * BLOCK
+        assert not np.any(found[used:])
+        found = found[row]
+    assert_close([found], [expected], jnp.bfloat16)
+
+
+@pytest.mark.parametrize("leg", LEGS)
+@pytest.mark.parametrize(("inner", "outer"), [(512, 768), (2048, 8192), (128, 64)])
+def test_hopper_kernels_lower(leg, inner, outer):
+    """Without a GPU: up to the code that is handed to the compiler of the GPU."""
+    num_rows, shape = padded_rows(4096, 8), jax.ShapeDtypeStruct
+    x, grad = (shape((num_rows, n), jnp.bfloat16) for n in (inner, outer))
+    w, size = shape((8, inner, outer), jnp.bfloat16), shape((8,), jnp.int32)
+
+    def run(x, grad, w, size):
+        groups = make_groups(size, 4096)
+        if leg == "weight":
+            return _hopper.rows_by_rows(x, grad, groups)
+        transpose = leg == "left"
+        return _hopper.rows_by_matrices(grad if transpose else x, w, groups, transpose=transpose)
+
+    text = jax.jit(run).trace(x, grad, w, size).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+def test_bad_input():
+    x, w, _ = operands()
+    sizes = jnp.array([1, 2, 3])
+    for bad, message in (
+        ((x, w[:2], sizes), "w must have a matrix for each of 3 groups"),
+        ((x[:, :5], w, sizes), "must agree in the width"),
+        ((x.astype(jnp.bfloat16), w, sizes), "same dtype"),
+        ((x, w, make_groups(sizes, 999)), "rows, got 200"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grouped_matmul(*bad)
+    with pytest.raises(ValueError, match="implementation must be"):
+        grouped_matmul(x, w, sizes, implementation="cuda")
+    with pytest.raises(ValueError, match="wants an NVIDIA Hopper GPU"):
+        grouped_matmul(x, w, sizes, implementation="mosaic")
