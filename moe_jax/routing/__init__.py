@@ -19,3 +19,7 @@ from moe_jax.routing.losses import usage_mse_loss as usage_mse_loss
 from moe_jax.routing.plan import RoutingPlan as RoutingPlan
 from moe_jax.routing.plan import expert_capacity as expert_capacity
 from moe_jax.routing.plan import make_plan as make_plan
+from moe_jax.routing.rows import RowIndex as RowIndex
+from moe_jax.routing.rows import combine_rows as combine_rows
+from moe_jax.routing.rows import dispatch_rows as dispatch_rows
+from moe_jax.routing.rows import row_index as row_index
