@@ -7,16 +7,21 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.experts import ExpertBank, ExpertOutput
-from moe_jax.reports import DraftReports, batch_reports, sequence_reports
+from moe_jax.experts import ExpertBank, ExpertOutput, Rows
+from moe_jax.ops.grouped import is_row, to_rows
+from moe_jax.reports import DraftReports, batch_reports, choice_reports, sequence_reports
 from moe_jax.routing import (
     RoutingPlan,
+    RowIndex,
     combine,
+    combine_rows,
     dispatch,
     dispatch_index,
+    dispatch_rows,
     expert_capacity,
     gather_choices,
     make_plan,
+    row_index,
 )
 from moe_jax.supervisor import Supervisor
 
@@ -45,6 +50,8 @@ class Constellation(nn.Module):
     Attributes:
         supervisor: chooses experts.
         bank: the experts.
+        dispatch: "capacity", each expert has slots and what finds none is dropped; "dropless",
+            every choice has a row of its own, and the experts must take rows.
         capacity_factor: slots in training; see `moe_jax.routing.expert_capacity`.
         eval_capacity_factor: slots outside training.
         context: "routed", an expert sees the tokens sent to it; "sequence", it sees the whole
@@ -68,6 +75,7 @@ class Constellation(nn.Module):
 
     supervisor: Supervisor
     bank: ExpertBank
+    dispatch: Literal["capacity", "dropless"] = "capacity"
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 1.25
     context: Literal["routed", "sequence"] = "routed"
@@ -102,6 +110,59 @@ class Constellation(nn.Module):
             (self.supervisor.num_experts, x.shape[-1]),
         )
         logits, choices = self.supervisor(x, embeddings, is_training)
+        run = self._dropless if self.dispatch == "dropless" else self._with_capacity
+        output, confidence, plan, reports = run(x, choices, is_valid, source, is_training)
+        return ConstellationOutput(
+            output=output, confidence=confidence, logits=logits, plan=plan, reports=reports
+        )
+
+    def _dropless(self, x, choices, is_valid, source, is_training):
+        """Each choice is computed in a row of its own, next to its expert's others."""
+        batch, length, num_choices = choices.expert.shape
+        tokens = batch * length
+        index = row_index(
+            choices.expert.reshape(tokens, num_choices),
+            self.bank.num_experts,
+            None if is_valid is None else is_valid.reshape(tokens),
+        )
+        rows = dispatch_rows(x.reshape(tokens, -1), index)
+        whose = Rows(index.groups, sequence=index.token_of_row // length)
+        position = index.token_of_row % length
+        expert = self.bank(rows, is_row(index.groups), position, is_training, rows=whose)
+        weight = choices.weight.reshape(tokens, num_choices)
+        output = combine_rows(expert.output, weight, index)
+        confidence = combine_rows(expert.confidence[:, None], weight, index)
+        plan = RoutingPlan(*choices, *(a.reshape(choices.expert.shape) for a in _slots(index)))
+        reports = self._report_choices(expert, plan, index.row_of_choice, source)
+        shape = (batch, length)
+        return output.reshape(*shape, -1), confidence.reshape(shape), plan, reports
+
+    def _report_choices(
+        self,
+        expert: ExpertOutput,
+        plan: RoutingPlan,
+        row: Int[Array, "T K"],
+        source: Int[Array, "B 2"] | None,
+    ) -> DraftReports | None:
+        if self.report_scope == "none":
+            return None
+        # A row out of range is read as zero, and its choice is not kept.
+        row = row.reshape(plan.expert.shape)
+        said = jax.tree.map(
+            lambda a: jax.lax.stop_gradient(a).at[row].get(mode="fill", fill_value=0), expert
+        )
+        return choice_reports(
+            said,
+            plan.expert,
+            plan.is_kept,
+            num_experts=self.bank.num_experts,
+            scope=self.report_scope,
+            num_positions=self.num_positions,
+            source=source,
+        )
+
+    def _with_capacity(self, x, choices, is_valid, source, is_training):
+        """Each choice that finds a slot is computed there."""
         batch, length, num_choices = choices.expert.shape
         group_size = length if self.group == "sequence" else batch * length
         factor = self.capacity_factor if is_training else self.eval_capacity_factor
@@ -109,7 +170,6 @@ class Constellation(nn.Module):
         if self.context == "sequence":
             # Every expert sees every token, so there are no slots to run out of.
             capacity = length
-
         pooled = (-1, group_size)
         plan = make_plan(
             jax.tree.map(lambda a: a.reshape(*pooled, num_choices), choices),
@@ -124,13 +184,9 @@ class Constellation(nn.Module):
             grouped, plan, capacity, is_valid, is_training
         )
         reports = self._report(expert, takes_part, position, batch, length, source)
-        return ConstellationOutput(
-            output=output.reshape(batch, length, -1),
-            confidence=confidence.reshape(batch, length),
-            logits=logits,
-            plan=jax.tree.map(lambda a: a.reshape(batch, length, num_choices), plan),
-            reports=reports,
-        )
+        plan = jax.tree.map(lambda a: a.reshape(batch, length, num_choices), plan)
+        shape = (batch, length)
+        return output.reshape(*shape, -1), confidence.reshape(shape), plan, reports
 
     def _routed(self, x, plan, capacity, is_valid, is_training):
         """Each expert computes only the tokens sent to it."""
@@ -188,3 +244,12 @@ class Constellation(nn.Module):
             num_positions=self.num_positions,
             source=source,
         )
+
+
+def _slots(index: RowIndex) -> tuple[Int[Array, "T K"], Bool[Array, "T K"]]:
+    """Each choice's place among its expert's rows, and whether it has one."""
+    groups = index.groups
+    first = jnp.append(to_rows(groups.start, groups), 0)
+    has_row = index.row_of_choice < groups.num_rows
+    slot = jnp.where(has_row, index.row_of_choice - first[index.row_of_choice], 0)
+    return slot, has_row

@@ -1,6 +1,6 @@
 """Draft reports: what each expert has to say about a sequence, as fixed-shape masked arrays."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,22 +65,8 @@ def sequence_reports(
         Array([[0, 1],
                [0, 1]], dtype=int32)
     """
-    num_experts, batch = is_valid.shape[:2]
-    summary, confidence, exists = _pool(expert, is_valid)
-    best = _best_positions(
-        jnp.where(is_valid, expert.confidence, -1.0), position, length, num_positions
-    )
-    sequence = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[None], (num_experts, batch))
-    reports = DraftReports(
-        summary=summary,
-        confidence=confidence,
-        expert_id=jnp.broadcast_to(_iota(num_experts)[:, None], (num_experts, batch)),
-        sequence=sequence,
-        positions=best,
-        source=_sources(source, sequence, best[..., 0], length),
-        is_valid=exists,
-    )
-    return jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), reports)
+    said = _said(expert, is_valid, position)
+    return _sequence_reports(said, length, num_positions, source)
 
 
 def batch_reports(
@@ -116,10 +102,121 @@ def batch_reports(
         >>> batch_reports(out, valid, position, length=8, num_positions=2).expert_id
         Array([0, 1], dtype=int32)
     """
-    num_experts = is_valid.shape[0]
-    summary, _, exists = _pool(expert, is_valid)
+    return _batch_reports(_said(expert, is_valid, position), length, num_positions, source)
+
+
+def choice_reports(
+    expert: ExpertOutput,
+    choice: Int[Array, "B S K"],
+    is_kept: Bool[Array, "B S K"],
+    *,
+    num_experts: int,
+    scope: Literal["sequence", "batch"],
+    num_positions: int,
+    source: Int[Array, "B 2"] | None = None,
+) -> DraftReports:
+    """The same reports from what each choice gave, where experts have no buffers.
+
+    Args:
+        expert: outputs [B, S, K, O] and confidences [B, S, K].
+        choice: the expert ids.
+        is_kept: False for choices that were not computed.
+        num_experts: E.
+        scope: one report per ("sequence", expert) or per ("batch", expert).
+        num_positions: P.
+        source: [B, 2] document id and offset of each sequence's first token.
+
+    Returns:
+        B * E or E reports, as `sequence_reports` and `batch_reports` give them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> out = ExpertOutput(output=jnp.ones((1, 8, 1, 4)), confidence=jnp.ones((1, 8, 1)))
+        >>> choice, kept = jnp.zeros((1, 8, 1), int), jnp.ones((1, 8, 1), bool)
+        >>> how = {"num_experts": 2, "scope": "sequence", "num_positions": 2}
+        >>> choice_reports(out, choice, kept, **how).is_valid
+        Array([ True, False], dtype=bool)
+    """
+    length = choice.shape[1]
+    is_of = (choice[None] == _iota(num_experts)[:, None, None, None]) & is_kept[None]
+    sure = jnp.where(is_of, expert.confidence[None], 0.0).astype(jnp.float32)
+    # What was not kept may hold NaN, and zero times NaN is NaN.
+    outputs = jnp.where(is_kept[..., None], expert.output, 0)
+    summary = jnp.einsum("ebsk,bsko->ebo", sure, outputs, preferred_element_type=jnp.float32)
+    is_valid = jnp.any(is_of, axis=-1)
+    said = _Said(
+        summary=_over(summary, jnp.sum(sure, axis=(2, 3))),
+        # A token chooses an expert at most once.
+        confidence=jnp.sum(sure, axis=-1),
+        is_valid=is_valid,
+        position=jnp.broadcast_to(_iota(length)[None, None], is_valid.shape),
+    )
+    make = _sequence_reports if scope == "sequence" else _batch_reports
+    return make(said, length, num_positions, source)
+
+
+class _Said(NamedTuple):
+    """What each expert said of each sequence: the mean of its outputs, and how sure it was."""
+
+    summary: Float[Array, "E B O"]
+    confidence: Float[Array, "E B C"]
+    is_valid: Bool[Array, "E B C"]
+    position: Int[Array, "E B C"]
+
+    def masked(self, otherwise: float) -> Float[Array, "E B C"]:
+        """The confidences of the expert's tokens, and another number elsewhere."""
+        return jnp.where(self.is_valid, self.confidence, otherwise)
+
+
+def _said(
+    expert: ExpertOutput, is_valid: Bool[Array, "E B C"], position: Int[Array, "E B C"]
+) -> _Said:
+    sure = jnp.where(is_valid, expert.confidence, 0.0).astype(jnp.float32)
+    # An empty slot may hold NaN, and zero times NaN is NaN: mask the outputs as well.
+    outputs = jnp.where(is_valid[..., None], expert.output, 0)
+    summary = jnp.einsum("ebc,ebco->ebo", sure, outputs, preferred_element_type=jnp.float32)
+    summary = _over(summary, jnp.sum(sure, axis=-1))
+    return _Said(summary, expert.confidence, is_valid, position)
+
+
+def _over(sums: Float[Array, "E B O"], total: Float[Array, "E B"]) -> Float[Array, "E B O"]:
+    return sums / jnp.where(total > 0, total, 1.0)[..., None]
+
+
+def _mean_confidence(said: _Said) -> tuple[Float[Array, "E B"], Bool[Array, "E B"]]:
+    """Mean confidence, and whether there was any token."""
+    total = jnp.sum(said.masked(0.0).astype(jnp.float32), axis=-1)
+    count = jnp.sum(said.is_valid, axis=-1)
+    return total / jnp.maximum(count, 1), count > 0
+
+
+def _sequence_reports(
+    said: _Said, length: int, num_positions: int, source: Int[Array, "B 2"] | None
+) -> DraftReports:
+    num_experts, batch = said.is_valid.shape[:2]
+    confidence, exists = _mean_confidence(said)
+    best = _best_positions(said.masked(-1.0), said.position, length, num_positions)
+    sequence = jnp.broadcast_to(jnp.arange(batch, dtype=jnp.int32)[None], (num_experts, batch))
+    reports = DraftReports(
+        summary=said.summary,
+        confidence=confidence,
+        expert_id=jnp.broadcast_to(_iota(num_experts)[:, None], (num_experts, batch)),
+        sequence=sequence,
+        positions=best,
+        source=_sources(source, sequence, best[..., 0], length),
+        is_valid=exists,
+    )
+    return jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), reports)
+
+
+def _batch_reports(
+    said: _Said, length: int, num_positions: int, source: Int[Array, "B 2"] | None
+) -> DraftReports:
+    num_experts = said.is_valid.shape[0]
+    is_valid, position = said.is_valid, said.position
+    _, exists = _mean_confidence(said)
     share = exists / jnp.maximum(jnp.sum(exists, axis=1, keepdims=True), 1)
-    sure = jnp.where(is_valid, expert.confidence, 0.0)
+    sure = said.masked(0.0)
     count = jnp.sum(is_valid, axis=(1, 2))
 
     where = jnp.where(is_valid, position, length).reshape(num_experts, -1)
@@ -132,10 +229,10 @@ def batch_reports(
     best = _best_positions(mean_at, everywhere, length, num_positions)
 
     at_best = is_valid & (position == best[:, :1, None])
-    sure_there = jnp.max(jnp.where(at_best, expert.confidence, -1.0), axis=2)
+    sure_there = jnp.max(jnp.where(at_best, said.confidence, -1.0), axis=2)
     sequence = jnp.argmax(sure_there, axis=1).astype(jnp.int32)
     return DraftReports(
-        summary=jnp.einsum("ebo,eb->eo", summary, share),
+        summary=jnp.einsum("ebo,eb->eo", said.summary, share),
         confidence=jnp.sum(sure, axis=(1, 2)) / jnp.maximum(count, 1),
         expert_id=_iota(num_experts),
         sequence=sequence,
@@ -143,20 +240,6 @@ def batch_reports(
         source=_sources(source, sequence, best[:, 0], length),
         is_valid=count > 0,
     )
-
-
-def _pool(
-    expert: ExpertOutput, is_valid: Bool[Array, "E B C"]
-) -> tuple[Float[Array, "E B O"], Float[Array, "E B"], Bool[Array, "E B"]]:
-    """Confidence-weighted mean output, mean confidence, and whether there was any token."""
-    sure = jnp.where(is_valid, expert.confidence, 0.0).astype(jnp.float32)
-    total = jnp.sum(sure, axis=-1)
-    exists = jnp.any(is_valid, axis=-1)
-    # An empty slot may hold NaN, and zero times NaN is NaN: mask the outputs as well.
-    outputs = jnp.where(is_valid[..., None], expert.output, 0)
-    summary = jnp.einsum("ebc,ebco->ebo", sure, outputs, preferred_element_type=jnp.float32)
-    summary = summary / jnp.where(total > 0, total, 1.0)[..., None]
-    return summary, total / jnp.maximum(jnp.sum(is_valid, axis=-1), 1), exists
 
 
 def _best_positions(

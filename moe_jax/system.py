@@ -106,6 +106,7 @@ class MoESystem(nn.Module):
         self.constellation = Constellation(
             supervisor=supervisor,
             bank=ExpertBank(_expert(c), num_experts=c.num_experts, remat=c.remat),
+            dispatch=c.dispatch,
             capacity_factor=c.capacity_factor,
             eval_capacity_factor=c.eval_capacity_factor,
             context=c.expert_context,

@@ -31,6 +31,8 @@ class MoEConfig(Config):
         num_gating_heads: heads of the supervisor's attention over expert embeddings.
         gating_residual: add the token itself to the attention's result before the gate. False
             is the original, whose router hardly sees the token.
+        dispatch: "capacity", every expert has so many slots and what does not fit is dropped; or
+            "dropless", every choice is computed, at the cost of what was chosen.
         capacity_factor: a training group has C = ceil(capacity_factor * K * S / E) slots per
             expert, rounded up to a multiple of 8.
         eval_capacity_factor: the same outside training.
@@ -93,6 +95,7 @@ class MoEConfig(Config):
     gating_type: GatingType = "topk"
     num_gating_heads: int = 8
     gating_residual: bool = True
+    dispatch: Literal["capacity", "dropless"] = "capacity"
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 1.25
     routing_group: Literal["sequence", "batch"] = "sequence"
@@ -184,6 +187,14 @@ class MoEConfig(Config):
         divides(self, "num_gating_heads", "input_dim")
 
     def _check_routing(self) -> None:
+        if self.dispatch == "dropless" and (
+            self.expert == "specialized" or self.expert_context == "sequence"
+        ):
+            raise ValueError(
+                'dispatch="dropless" needs expert "transformer", "mlp" or "swiglu" and '
+                f'expert_context="routed", got expert={self.expert!r} and '
+                f"expert_context={self.expert_context!r}"
+            )
         if self.causal and self.resolved_priority != "position":
             raise ValueError(
                 f'priority must be "auto" or "position" when causal=True, since any other order '

@@ -1,5 +1,6 @@
 """E experts of one kind, stacked so that XLA sees one batched matmul per layer."""
 
+import inspect
 from typing import Literal
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.experts.base import ExpertOutput
+from moe_jax.experts.by_row import Rows
 
 
 class ExpertBank(nn.Module):
@@ -37,29 +39,29 @@ class ExpertBank(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "E *B C D"],
-        is_valid: Bool[Array, "E *B C"],
-        position: Int[Array, "E *B C"],
+        x: Float[Array, "*E C D"],
+        is_valid: Bool[Array, "*E C"],
+        position: Int[Array, "*E C"],
         is_training: bool = False,
+        rows: Rows | None = None,
     ) -> ExpertOutput:
-        """Runs expert e on x[e].
+        """Runs expert e on x[e], or on the rows of group e.
 
         Args:
-            x: [E, ..., C, D].
-            is_valid: [E, ..., C], False where a slot is empty.
-            position: [E, ..., C], original position of each token in its sequence.
+            x: [E, ..., C, D]; [R, D] with `rows`.
+            is_valid: [E, ..., C] or [R], False where a slot is empty or a row is padding.
+            position: [E, ..., C] or [R], original position of each token in its sequence.
             is_training: apply dropout; needs the rng "dropout".
+            rows: whose each of R rows is; None for buffers.
 
         Returns:
-            Outputs [E, ..., C, O] and confidences [E, ..., C].
+            Outputs [E, ..., C, O] and confidences [E, ..., C]; or [R, O] and [R], of which
+            padding must not be used.
 
         Raises:
-            ValueError: the leading axis is not E.
+            ValueError: there are not E buffers or groups, or the experts cannot run on rows.
         """
-        if x.shape[0] != self.num_experts:
-            raise ValueError(
-                f"x must have a leading axis of num_experts={self.num_experts}, got {x.shape}"
-            )
+        self._check(x, rows)
 
         def run(
             expert: nn.Module,
@@ -67,7 +69,9 @@ class ExpertBank(nn.Module):
             is_valid: Bool[Array, "*B C"],
             position: Int[Array, "*B C"],
         ) -> ExpertOutput:
-            return expert(x, is_valid, position, is_training)
+            if rows is None:
+                return expert(x, is_valid, position, is_training)
+            return expert(x, is_valid, position, is_training, rows=rows)
 
         if self.remat != "none":
             policy = None
@@ -77,7 +81,26 @@ class ExpertBank(nn.Module):
         stacked = nn.vmap(
             run,
             variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
+            split_rngs={"params": True, "dropout": rows is None},
             axis_size=self.num_experts,
+            # Rows are all experts' own already: only the parameters are mapped.
+            in_axes=0 if rows is None else None,
+            out_axes=0 if rows is None else None,
         )
         return stacked(self.expert, x, is_valid, position)
+
+    def _check(self, x: Float[Array, "*E C D"], rows: Rows | None) -> None:
+        if rows is None:
+            if x.shape[0] != self.num_experts:
+                raise ValueError(
+                    f"x must have a leading axis of num_experts={self.num_experts}, got {x.shape}"
+                )
+            return
+        if rows.groups.num_groups != self.num_experts:
+            raise ValueError(
+                f"rows must have num_experts={self.num_experts} groups, "
+                f"got {rows.groups.num_groups}"
+            )
+        kind = type(self.expert)
+        if "rows" not in inspect.signature(kind.__call__).parameters:
+            raise ValueError(f"expert must take rows, which {kind.__name__} does not")

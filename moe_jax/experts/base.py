@@ -1,6 +1,7 @@
 """What every expert takes and gives, and the parts they share."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,6 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Dtype, Float, Int
+from moe_jax.experts import by_row
+from moe_jax.experts.by_row import Rows
+from moe_jax.ops.grouped import Groups, group_of_rows
+from moe_jax.ops.segment_attention import segment_attention
 
 LAYER_NORM_EPS = 1e-5
 
@@ -33,6 +38,43 @@ class ExpertOutput(NamedTuple):
     confidence: Float[Array, "*B C"]
 
 
+class Dense(nn.Module):
+    """A linear layer of one expert, on its own buffer or on the rows of all experts.
+
+    Attributes:
+        features: width of the result.
+        use_bias: add a bias.
+        dtype: of the arithmetic; parameters are float32.
+        dot_general: multiplies buffers.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+    dot_general: Callable[..., Array] = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"], rows: Rows | None = None) -> Float[Array, "*B F"]:
+        """Multiplies and adds; with `rows` x is [R, D] and each row has its own expert."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:]) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        if rows is None:
+            out = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+            return out if bias is None else out + bias.reshape((1,) * (x.ndim - 1) + shape[1:])
+        multiply = _read_out if self.features == 1 else by_row.matmul
+        out = multiply(x, kernel, rows.groups)
+        return out if bias is None else out + by_row.spread(x, bias, rows.groups)
+
+
+def _read_out(
+    x: Float[Array, "R D"], kernel: Float[Array, "D 1"], groups: Groups
+) -> Float[Array, "R 1"]:
+    """A result of one number is a sum along the row, and no matmul."""
+    return jnp.sum(x * by_row.spread(x, kernel[:, 0], groups), axis=-1, keepdims=True)
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation with float32 statistics and the original's epsilon.
 
@@ -43,21 +85,39 @@ class LayerNorm(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalises the last axis."""
-        norm = nn.LayerNorm(
-            epsilon=LAYER_NORM_EPS, dtype=self.dtype, use_fast_variance=False, name="norm"
-        )
-        return norm(x)
+    def __call__(self, x: Float[Array, "*B D"], rows: Rows | None = None) -> Float[Array, "*B D"]:
+        """Normalises the last axis; with `rows` x is [R, D], scaled by each row's expert."""
+        return _Norm(self.dtype, name="norm")(x, rows)
+
+
+class _Norm(nn.Module):
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"], rows: Rows | None) -> Float[Array, "*B D"]:
+        one = (1,) * (x.ndim - 1)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        if rows is None:
+            scale, bias = (a.reshape(*one, -1) for a in (scale, bias))
+        else:
+            scale, bias = (by_row.spread(x, a, rows.groups) for a in (scale, bias))
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        wide = wide * (jax.lax.rsqrt(variance + LAYER_NORM_EPS) * scale) + bias
+        return wide.astype(self.dtype)
 
 
 class ConfidenceHead(nn.Module):
     """A sigmoid over one linear read-out: how sure the expert is of each token."""
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "*B C H"]) -> Float[Array, "*B C"]:
+    def __call__(
+        self, hidden: Float[Array, "*B C H"], rows: Rows | None = None
+    ) -> Float[Array, "*B C"]:
         """Returns the confidence of every token, float32."""
-        logit = nn.Dense(1, dtype=jnp.float32, name="read_out")(hidden.astype(jnp.float32))
+        logit = Dense(1, name="read_out")(hidden.astype(jnp.float32), rows)
         return jax.nn.sigmoid(logit[..., 0])
 
 
@@ -80,18 +140,37 @@ class SelfAttention(nn.Module):
         x: Float[Array, "*B C H"],
         is_valid: Bool[Array, "*B C"],
         position: Int[Array, "*B C"],
+        rows: Rows | None = None,
     ) -> Float[Array, "*B C H"]:
-        """Attends; invalid tokens are seen by none."""
+        """Attends; invalid tokens are seen by none, and rows only by their own sequence's."""
         width = x.shape[-1]
-        dense = functools.partial(nn.Dense, dtype=self.dtype, dot_general=dot_general)
-        fused = dense(3 * width, name="qkv")(x)
+        dense = functools.partial(Dense, dtype=self.dtype, dot_general=dot_general)
+        fused = dense(3 * width, name="qkv")(x, rows)
         heads = fused.reshape(-1, x.shape[-2], 3, self.num_heads, width // self.num_heads)
+        parts = [heads[:, :, i] for i in range(3)]
+        if rows is None:
+            mixed = self._among_slots(parts, is_valid, position)
+        else:
+            mixed = self._among_rows(parts, is_valid, position, rows)
+        return dense(width, name="out")(mixed.reshape(x.shape), rows)
+
+    def _among_slots(
+        self, parts: list[Array], is_valid: Bool[Array, "*B C"], position: Int[Array, "*B C"]
+    ) -> Float[Array, "I C heads d"]:
         sees = is_valid[..., None, :]
         if self.causal:
             sees = sees & (position[..., None, :] <= position[..., :, None])
-        mask = jnp.broadcast_to(sees, (*x.shape[:-1], x.shape[-2]))
-        mixed = jax.nn.dot_product_attention(
-            *(heads[:, :, i] for i in range(3)),
-            mask=mask.reshape(-1, 1, *mask.shape[-2:]),
+        mask = jnp.broadcast_to(sees, (*is_valid.shape, is_valid.shape[-1]))
+        return jax.nn.dot_product_attention(*parts, mask=mask.reshape(-1, 1, *mask.shape[-2:]))
+
+    def _among_rows(
+        self, parts: list[Array], is_valid: Bool[Array, "R"], position: Int[Array, "R"], rows: Rows
+    ) -> Float[Array, "R heads d"]:
+        # An expert's rows of a sequence lie together, and this number is theirs alone.
+        segment = rows.sequence * (rows.groups.num_groups + 1) + group_of_rows(rows.groups)
+        return segment_attention(
+            *(part[0] for part in parts),
+            segment=segment,
+            is_valid=is_valid,
+            position=position if self.causal else None,
         )
-        return dense(width, name="out")(mixed.reshape(x.shape))

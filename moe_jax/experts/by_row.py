@@ -1,26 +1,37 @@
 """What one expert does where the rows of all E experts lie in one array.
 
 An expert is written for itself alone: its parameters are one expert's. `ExpertBank` runs it under
-`vmap` over the parameters, on rows that are not mapped. These functions are where the two meet: their
-rule for `vmap` sees the parameters of all experts at once, and its result is not mapped either.
+`vmap` over the parameters, on rows that are not mapped. These functions are where the two meet:
+their rule for `vmap` sees the parameters of all experts, and its result is not mapped either.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from moe_jax._types import Array, Float
-from moe_jax.ops.grouped import Groups, group_of_rows, grouped_matmul
+from moe_jax._types import Array, Float, Int
+from moe_jax.ops.grouped import Groups, grouped_matmul, to_rows
 
-__all__ = ["matmul", "spread"]
+__all__ = ["Rows", "matmul", "spread"]
+
+
+class Rows(NamedTuple):
+    """Whose each row is.
+
+    Attributes:
+        groups: the experts' rows among R; group e is expert e's.
+        sequence: [R] int32, the row of the batch that the token comes from. Those of an expert
+            do not fall from one row to the next.
+    """
+
+    groups: Groups
+    sequence: Int[Array, "R"]
 
 
 @custom_vmap
-def matmul(
-    x: Float[Array, "R I"], w: Float[Array, "I J"], groups: Groups
-) -> Float[Array, "R J"]:
+def matmul(x: Float[Array, "R I"], w: Float[Array, "I J"], groups: Groups) -> Float[Array, "R J"]:
     """Every row times its own expert's matrix.
 
     Args:
@@ -31,7 +42,7 @@ def matmul(
     Returns:
         [R, J].
     """
-    return grouped_matmul(x, w[None], groups)
+    return x @ w
 
 
 @matmul.def_vmap
@@ -60,7 +71,7 @@ def spread(
 @spread.def_vmap
 def _(axis_size: int, is_mapped: Any, x: Array, values: Array, groups: Groups) -> tuple:
     values = _of_all(axis_size, is_mapped, values)
-    return values.at[group_of_rows(groups)].get(mode="clip"), False
+    return to_rows(values, groups), False
 
 
 def _of_all(axis_size: int, is_mapped: Any, parameter: Array) -> Array:

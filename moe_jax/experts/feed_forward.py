@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Dtype, Float, Int
-from moe_jax.experts.base import ConfidenceHead, ExpertOutput
+from moe_jax.experts.base import ConfidenceHead, Dense, ExpertOutput
+from moe_jax.experts.by_row import Rows
 
 
 class MLPExpert(nn.Module):
@@ -39,14 +40,16 @@ class MLPExpert(nn.Module):
         is_valid: Bool[Array, "*B C"],
         position: Int[Array, "*B C"],
         is_training: bool = False,
+        rows: Rows | None = None,
     ) -> ExpertOutput:
         """Treats each token; `is_valid` and `position` are the contract's and unused."""
         del is_valid, position
-        hidden = nn.Dense(self.hidden_dim, dtype=self.dtype, name="up")(x)
+        hidden = Dense(self.hidden_dim, dtype=self.dtype, name="up")(x, rows)
         hidden = nn.gelu(hidden, approximate=self.approximate_gelu)
         hidden = nn.Dropout(self.dropout, deterministic=not is_training)(hidden)
-        output = nn.Dense(self.output_dim, dtype=self.dtype, name="down")(hidden)
-        return ExpertOutput(output=output, confidence=ConfidenceHead(name="confidence")(hidden))
+        output = Dense(self.output_dim, dtype=self.dtype, name="down")(hidden, rows)
+        confidence = ConfidenceHead(name="confidence")(hidden, rows)
+        return ExpertOutput(output=output, confidence=confidence)
 
 
 class SwiGLUExpert(nn.Module):
@@ -80,12 +83,16 @@ class SwiGLUExpert(nn.Module):
         is_valid: Bool[Array, "*B C"],
         position: Int[Array, "*B C"],
         is_training: bool = False,
+        rows: Rows | None = None,
     ) -> ExpertOutput:
         """Treats each token; `is_valid` and `position` are the contract's and unused."""
         del is_valid, position
-        fused = nn.Dense(2 * self.hidden_dim, use_bias=False, dtype=self.dtype, name="gate_up")(x)
+        fused = Dense(2 * self.hidden_dim, use_bias=False, dtype=self.dtype, name="gate_up")(
+            x, rows
+        )
         gate, up = jnp.split(fused, 2, axis=-1)
         hidden = jax.nn.silu(gate) * up
         hidden = nn.Dropout(self.dropout, deterministic=not is_training)(hidden)
-        output = nn.Dense(self.output_dim, use_bias=False, dtype=self.dtype, name="down")(hidden)
-        return ExpertOutput(output=output, confidence=ConfidenceHead(name="confidence")(hidden))
+        output = Dense(self.output_dim, use_bias=False, dtype=self.dtype, name="down")(hidden, rows)
+        confidence = ConfidenceHead(name="confidence")(hidden, rows)
+        return ExpertOutput(output=output, confidence=confidence)

@@ -6,7 +6,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Dtype, Float, Int
-from moe_jax.experts.base import ConfidenceHead, ExpertOutput, LayerNorm, SelfAttention, dot_general
+from moe_jax.experts.base import (
+    ConfidenceHead,
+    Dense,
+    ExpertOutput,
+    LayerNorm,
+    SelfAttention,
+    dot_general,
+)
+from moe_jax.experts.by_row import Rows
 
 
 class TransformerExpert(nn.Module):
@@ -45,7 +53,7 @@ class TransformerExpert(nn.Module):
 
     def setup(self) -> None:
         """Lays out the layers."""
-        dense = functools.partial(nn.Dense, dtype=self.dtype, dot_general=dot_general)
+        dense = functools.partial(Dense, dtype=self.dtype, dot_general=dot_general)
         self.encoder = dense(self.hidden_dim)
         self.encoder_norm = LayerNorm(dtype=self.dtype)
         self.attention_norm = LayerNorm(dtype=self.dtype)
@@ -64,9 +72,11 @@ class TransformerExpert(nn.Module):
         is_valid: Bool[Array, "*B C"],
         position: Int[Array, "*B C"],
         is_training: bool = False,
+        rows: Rows | None = None,
     ) -> ExpertOutput:
         """Encodes, processes and decodes; see the class."""
-        return self.decode(self.process(x, is_valid, position, is_training), is_training)
+        hidden = self.process(x, is_valid, position, is_training, rows)
+        return self.decode(hidden, is_training, rows)
 
     def process(
         self,
@@ -74,21 +84,27 @@ class TransformerExpert(nn.Module):
         is_valid: Bool[Array, "*B C"],
         position: Int[Array, "*B C"],
         is_training: bool = False,
+        rows: Rows | None = None,
     ) -> Float[Array, "*B C H"]:
         """Encoder and transformer layer."""
         off = not is_training
-        hidden = self.drop(self._gelu(self.encoder_norm(self.encoder(x))), deterministic=off)
-        mixed = self.attention(self.attention_norm(hidden), is_valid, position)
+        hidden = self.encoder_norm(self.encoder(x, rows), rows)
+        hidden = self.drop(self._gelu(hidden), deterministic=off)
+        mixed = self.attention(self.attention_norm(hidden, rows), is_valid, position, rows)
         hidden = hidden + self.drop(mixed, deterministic=off)
-        inner = self._gelu(self.feed_forward_up(self.feed_forward_norm(hidden)))
-        inner = self.feed_forward_down(self.drop(inner, deterministic=off))
+        inner = self.feed_forward_up(self.feed_forward_norm(hidden, rows), rows)
+        inner = self.drop(self._gelu(inner), deterministic=off)
+        inner = self.feed_forward_down(inner, rows)
         return hidden + self.drop(inner, deterministic=off)
 
-    def decode(self, hidden: Float[Array, "*B C H"], is_training: bool = False) -> ExpertOutput:
+    def decode(
+        self, hidden: Float[Array, "*B C H"], is_training: bool = False, rows: Rows | None = None
+    ) -> ExpertOutput:
         """Decoder and confidence head."""
-        inner = self._gelu(self.decoder_hidden(hidden))
+        inner = self._gelu(self.decoder_hidden(hidden, rows))
         inner = self.drop(inner, deterministic=not is_training)
-        return ExpertOutput(output=self.decoder_out(inner), confidence=self.confidence(hidden))
+        output = self.decoder_out(inner, rows)
+        return ExpertOutput(output=output, confidence=self.confidence(hidden, rows))
 
     def _gelu(self, x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
         return nn.gelu(x, approximate=self.approximate_gelu)

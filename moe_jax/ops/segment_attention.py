@@ -1,0 +1,181 @@
+"""Attention among the rows of each segment, where segments of any length follow each other."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax._types import Array, Bool, Float, Int
+
+__all__ = ["segment_attention"]
+
+BLOCK = 64
+_LOW = -1e30
+
+
+class _Blocks(NamedTuple):
+    """What decides who sees whom, in blocks of 64 rows, and the blocks that a block touches."""
+
+    start: Int[Array, "I 64"]
+    is_valid: Bool[Array, "I 64"]
+    position: Int[Array, "I 64"]
+    first: Int[Array, "I"]
+    last: Int[Array, "I"]
+
+
+def segment_attention(
+    query: Float[Array, "R heads d"],
+    key: Float[Array, "R heads d"],
+    value: Float[Array, "R heads d"],
+    *,
+    segment: Int[Array, "R"],
+    is_valid: Bool[Array, "R"],
+    position: Int[Array, "R"] | None = None,
+) -> Float[Array, "R heads d"]:
+    """Scaled dot-product attention within segments, softmax in float32.
+
+    Work grows with the rows times the longest segment, and memory with the rows: scores are made
+    64 by 64 and forgotten, and made again for the gradient (Dao et al. 2022, algorithms 1 and 4).
+
+    Args:
+        query: [R, heads, d]; 64 divides R.
+        key: likewise.
+        value: likewise.
+        segment: [R] int32; rows that follow each other with the same number are a segment.
+        is_valid: [R], False for rows that none sees and that see none: their result is zero.
+        position: [R] int32; a row then sees only rows of its own or a lower position. None for
+            all rows of the segment.
+
+    Returns:
+        [R, heads, d] in the dtype of `query`.
+
+    Raises:
+        ValueError: R is not a multiple of 64.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.ones((64, 1, 4))
+        >>> segment, value = jnp.arange(64) // 2, x * jnp.arange(64.0)[:, None, None]
+        >>> out = segment_attention(x, x, value, segment=segment, is_valid=jnp.ones(64, bool))
+        >>> out[:4, 0, 0].tolist()
+        [0.5, 0.5, 2.5, 2.5]
+    """
+    rows = query.shape[0]
+    if rows % BLOCK:
+        raise ValueError(f"query must have a multiple of {BLOCK} rows, got {rows}")
+    is_new = segment != jnp.roll(segment, 1)
+    row = jnp.arange(rows, dtype=jnp.int32)
+    start = jax.lax.cummax(jnp.where(is_new, row, 0))
+    stop = jax.lax.cummin(jnp.where(jnp.roll(is_new, -1), row, rows - 1), reverse=True)
+    if position is None:
+        position = jnp.zeros_like(segment)
+    blocks = _Blocks(
+        *(a.reshape(-1, BLOCK) for a in (start, is_valid, position)),
+        first=start[::BLOCK] // BLOCK,
+        last=stop[BLOCK - 1 :: BLOCK] // BLOCK,
+    )
+    by_block = (a.reshape(-1, BLOCK, *a.shape[1:]) for a in (query, key, value))
+    return _attend(*by_block, blocks).reshape(query.shape)
+
+
+@jax.custom_vjp
+def _attend(
+    query: Float[Array, "I 64 h d"],
+    key: Float[Array, "I 64 h d"],
+    value: Float[Array, "I 64 h d"],
+    blocks: _Blocks,
+) -> Float[Array, "I 64 h d"]:
+    return _attend_fwd(query, key, value, blocks)[0]
+
+
+def _attend_fwd(query, key, value, blocks):
+    """Goes along the blocks of keys that each block of queries touches, with a running softmax."""
+
+    def add(other: Array, is_other: Array, sums: tuple) -> tuple:
+        top, total, out = sums
+        scores, is_seen = _scores(query, key[other], blocks, _of(blocks, other), is_other)
+        higher = jnp.maximum(top, jnp.max(jnp.where(is_seen, scores, _LOW), axis=-1))
+        share = jnp.where(is_seen, jnp.exp(scores - higher[..., None]), 0.0)
+        fade = jnp.exp(top - higher)
+        mixed = _product("nhqk,nkhd->nhqd", share.astype(value.dtype), value[other])
+        return higher, total * fade + jnp.sum(share, axis=-1), out * fade[..., None] + mixed
+
+    count, rows, heads, width = query.shape
+    none = jnp.full((count, heads, rows), _LOW), jnp.zeros((count, heads, rows))
+    top, total, out = _along(blocks, add, (*none, jnp.zeros((count, heads, rows, width))))
+    out = out / jnp.where(total > 0, total, 1.0)[..., None]
+    out = jnp.swapaxes(out, 1, 2).astype(query.dtype)
+    # A row that sees nothing has a share of nothing, whatever its scores.
+    log_total = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -_LOW)
+    return out, (query, key, value, blocks, out, log_total)
+
+
+def _attend_bwd(residuals, grad):
+    """Once along the keys for the queries' gradient, once along the queries for the others'."""
+    query, key, value, blocks, out, log_total = residuals
+    scale = query.shape[-1] ** -0.5
+    dots = _product("nqhd,nqhd->nhq", grad, out)
+
+    def shares(queries: tuple, keys: tuple, is_other: Array) -> tuple[Array, Array]:
+        """The softmax's weights, and the gradient of the scores."""
+        (q, g, total, dot, own), (k, v, others) = queries, keys
+        scores, is_seen = _scores(q, k, own, others, is_other)
+        share = jnp.where(is_seen, jnp.exp(scores - total[..., None]), 0.0)
+        pull = _product("nqhd,nkhd->nhqk", g, v) - dot[..., None]
+        return share, share * pull * scale
+
+    def for_query(other: Array, is_other: Array, total: Array) -> Array:
+        keys = key[other], value[other], _of(blocks, other)
+        _, pull = shares((query, grad, log_total, dots, blocks), keys, is_other)
+        return total + _product("nhqk,nkhd->nqhd", pull.astype(key.dtype), key[other])
+
+    def for_key(other: Array, is_other: Array, totals: tuple) -> tuple:
+        q, g = query[other], grad[other]
+        queries = q, g, log_total[other], dots[other], _of(blocks, other)
+        share, pull = shares(queries, (key, value, blocks), is_other)
+        by_key = _product("nhqk,nqhd->nkhd", pull.astype(q.dtype), q)
+        by_value = _product("nhqk,nqhd->nkhd", share.astype(g.dtype), g)
+        return totals[0] + by_key, totals[1] + by_value
+
+    nothing = jnp.zeros(query.shape)
+    grad_query = _along(blocks, for_query, nothing)
+    grad_key, grad_value = _along(blocks, for_key, (nothing, nothing))
+    return *(a.astype(query.dtype) for a in (grad_query, grad_key, grad_value)), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _along(blocks: _Blocks, add: Callable, start: tuple | Array) -> tuple | Array:
+    """Calls `add(other, is_other, sums)` with the j-th block that each block touches, for all j.
+
+    Who touches whom is mutual, so that this serves queries and keys.
+    """
+    most = jnp.max(blocks.last - blocks.first) + 1
+
+    def one(j: Array, sums: tuple | Array) -> tuple | Array:
+        other = blocks.first + j
+        return add(jnp.minimum(other, blocks.last), other <= blocks.last, sums)
+
+    return jax.lax.fori_loop(0, most, one, start)
+
+
+def _of(blocks: _Blocks, other: Int[Array, "I"]) -> _Blocks:
+    return jax.tree.map(lambda a: a[other], blocks)
+
+
+def _scores(
+    query: Array, key: Array, own: _Blocks, other: _Blocks, is_other: Array
+) -> tuple[Float[Array, "I h 64 64"], Bool[Array, "I h 64 64"]]:
+    """Scaled products of queries and keys, and which of them count."""
+    scores = _product("nqhd,nkhd->nhqk", query, key) * query.shape[-1] ** -0.5
+    is_seen = own.start[:, :, None] == other.start[:, None, :]
+    is_seen &= own.is_valid[:, :, None] & other.is_valid[:, None, :]
+    is_seen &= other.position[:, None, :] <= own.position[:, :, None]
+    is_seen &= is_other[:, None, None]
+    return scores, jnp.broadcast_to(is_seen[:, None], scores.shape)
+
+
+def _product(how: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(how, a, b, preferred_element_type=jnp.float32)
