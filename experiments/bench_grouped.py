@@ -72,8 +72,9 @@ class Operands(NamedTuple):
 
 
 Function = Callable[[Operands], jax.Array]
-# (leg, shape, skew) -> candidates by what sets them apart; the fastest one counts.
-Implementation = Callable[[str, GroupedShape, str], dict[str, Function]]
+Program = jax.stages.Compiled
+# (leg, shape) -> candidates by what sets them apart; the fastest one counts.
+Implementation = Callable[[str, GroupedShape], dict[str, Function]]
 
 
 def by_vjp(function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> Implementation:
@@ -87,13 +88,11 @@ def by_vjp(function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> 
             return jax.vjp(lambda x: function(x, w, group_sizes), x)[1](dy)[0]
         return jax.vjp(lambda w: function(x, w, group_sizes), w)[1](dy)[0]
 
-    return lambda leg, shape, skew: {"": functools.partial(leg_of, leg)}
+    return lambda leg, shape: {"": functools.partial(leg_of, leg)}
 
 
-def einsum(leg: str, shape: GroupedShape, skew: str) -> dict[str, Function]:
+def einsum(leg: str, shape: GroupedShape) -> dict[str, Function]:
     """One batched matmul, which is all there is to do when the groups are equal."""
-    if skew != BALANCED:
-        raise UnavailableError("a batched einsum needs groups of one size")
 
     def run(operands: Operands) -> jax.Array:
         x, dy = (a.reshape(shape.experts, shape.rows, -1) for a in (operands.x, operands.dy))
@@ -106,9 +105,8 @@ def einsum(leg: str, shape: GroupedShape, skew: str) -> dict[str, Function]:
     return {"": run}
 
 
-def mosaic(leg: str, shape: GroupedShape, skew: str) -> dict[str, Function]:
+def mosaic(leg: str, shape: GroupedShape) -> dict[str, Function]:
     """The Mosaic GPU kernels that come with jax, in each of `BLOCKS` that divides the shape."""
-    del skew
     device = jax.devices()[0]
     if getattr(device, "compute_capability", None) != "9.0":
         raise UnavailableError(f"jax's Mosaic kernels are for Hopper, and this is {device}")
@@ -140,6 +138,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "ragged_dot": by_vjp(jax.lax.ragged_dot),
     "mosaic": mosaic,
 }
+NEED_EQUAL_GROUPS = ("einsum",)
 
 
 def operands_of(shape: GroupedShape, skew: str) -> list[Operands]:
@@ -201,54 +200,62 @@ class GroupedCase:
             for leg in LEGS:
                 name = f"{self.name}/{leg}/{skew}"
                 try:
-                    rows.append(self._leg(name, leg, skew, inputs, options.repeats))
+                    if skew != BALANCED and self.implementation in NEED_EQUAL_GROUPS:
+                        raise UnavailableError("needs groups of one size")
+                    rows.append(self._leg(name, leg, inputs, options.repeats))
                 except Exception as error:
                     rows.append(failure(name, error))
             del inputs
         return rows
 
-    def _leg(self, name: str, leg: str, skew: str, inputs: list[Operands], repeats: int) -> Row:
-        candidates = IMPLEMENTATIONS[self.implementation](leg, self.shape, skew)
-        times, label, compiled = fastest(candidates, inputs, repeats)
-        check(leg, inputs[0], compiled(inputs[0]))
+    def _leg(self, name: str, leg: str, inputs: list[Operands], repeats: int) -> Row:
+        times, label, program = fastest(compiled(self, leg), inputs, repeats)
+        check(leg, inputs[0], program(inputs[0]))
         sizes = np.asarray(inputs[0].group_sizes)
         row = figures(
             name,
             times,
             flops=self.shape.flops,
             least_bytes=self.shape.least_bytes,
-            peak_bytes=program_bytes(compiled),
+            peak_bytes=program_bytes(program),
             load=float(sizes.max() / sizes.mean()),
             dropped=0.0,
         )
         return row | {"candidate": label or None}
 
 
-def fastest(
-    candidates: dict[str, Function], inputs: list[Operands], repeats: int
-) -> tuple[Times, str, jax.stages.Compiled]:
-    """Times the candidate that is fastest in a few calls; one that does not compile is left out."""
-
-    def timed(compiled: jax.stages.Compiled, repeats: int) -> Times:
-        return time_calls(lambda i: compiled(inputs[i % 2]), jax.block_until_ready, repeats)[0]
-
-    found, errors = [], []
-    for label, function in candidates.items():
+@functools.cache
+def compiled(case: GroupedCase, leg: str) -> dict[str, Program]:
+    """The candidates of a leg; one that does not compile is left out while there are others."""
+    operands = jax.eval_shape(lambda: operands_of(case.shape, BALANCED)[0])
+    programs, errors = {}, []
+    for label, function in IMPLEMENTATIONS[case.implementation](leg, case.shape).items():
         try:
-            compiled = jax.jit(function).lower(inputs[0]).compile()
-            quick = timed(compiled, 2).row if len(candidates) > 1 else 0.0
-            found.append((quick, label, compiled))
+            programs[label] = jax.jit(function).lower(operands).compile()
         except Exception as error:
             errors.append(error)
-    if not found:
+    if not programs:
         raise errors[0]
-    _, label, compiled = min(found, key=lambda each: each[0])
-    return timed(compiled, repeats), label, compiled
+    return programs
 
 
-def program_bytes(compiled: jax.stages.Compiled) -> int:
+def fastest(
+    programs: dict[str, Program], inputs: list[Operands], repeats: int
+) -> tuple[Times, str, Program]:
+    """Times the program that is fastest in a few calls."""
+
+    def timed(label: str, repeats: int) -> Times:
+        run = programs[label]
+        return time_calls(lambda i: run(inputs[i % 2]), jax.block_until_ready, repeats)[0]
+
+    labels = list(programs)
+    best = labels[0] if len(labels) == 1 else min(labels, key=lambda label: timed(label, 2).row)
+    return timed(best, repeats), best, programs[best]
+
+
+def program_bytes(program: Program) -> int:
     """What a compiled program takes of the device's memory."""
-    use = compiled.memory_analysis()
+    use = program.memory_analysis()
     return (
         use.argument_size_in_bytes
         + use.output_size_in_bytes

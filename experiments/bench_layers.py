@@ -135,24 +135,26 @@ def check(shape: LayerShape, variables: Any, inputs: LayerInput, result: tuple) 
     y, is_kept, grads = result
     expert = SwiGLUExpert(shape.hidden, shape.dim)
 
-    def alone(x, chosen, weight):
-        """One token through its experts, one by one, in float32."""
-
-        def one(chosen, weight):
-            own = jax.tree.map(lambda a: a[chosen].astype(jnp.float32), variables["params"])
-            args = x[None], jnp.ones(1, bool), jnp.zeros(1, jnp.int32)
-            return weight * expert.apply({"params": own["expert"]}, *args).output[0]
-
-        return sum(one(chosen[k], weight[k]) for k in range(shape.chosen))
+    def one(params, x, chosen):
+        """One token through one expert, in float32."""
+        own = jax.tree.map(lambda a: a[chosen].astype(jnp.float32), params["expert"])
+        args = x[None], jnp.ones(1, bool), jnp.zeros(1, jnp.int32)
+        return expert.apply({"params": own}, *args).output[0]
 
     @jax.jit
-    def reference(x, chosen, weight, dy):
-        y, pull = jax.vjp(lambda x: alone(x, chosen, weight), x.astype(jnp.float32))
-        return y, pull(dy.astype(jnp.float32))[0]
+    def reference(params, x, chosen, weight, dy):
+        y, pull = jax.vjp(lambda x: one(params, x, chosen), x.astype(jnp.float32))
+        return weight * y, pull(weight * dy.astype(jnp.float32))[0]
 
     for t in range(0, shape.tokens, shape.tokens // CHECKED):
         weight = inputs.weight[t] * is_kept[t]
-        wanted = reference(inputs.x[t], inputs.expert[t], weight, inputs.dy[t])
+        each = [
+            reference(
+                variables["params"], inputs.x[t], inputs.expert[t, k], weight[k], inputs.dy[t]
+            )
+            for k in range(shape.chosen)
+        ]
+        wanted = [sum(parts) for parts in zip(*each, strict=True)]
         must_be_near(y[t], wanted[0], f"result of token {t}")
         if grads:
             must_be_near(grads[1][t], wanted[1], f"gradient of token {t}")
