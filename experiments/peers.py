@@ -34,7 +34,7 @@ def ceilings(options: argparse.Namespace) -> Row:
     import transformers
     from peers_blocks import device, normal, wait
 
-    size, length = (256, 2**20) if options.smoke else (8192, 2**30)
+    size, length = (8192, 2**30) if torch.cuda.is_available() else (1024, 2**24)
     a, b = normal(size, size), normal(size, size)
     large = torch.randn(length, device=device())
     copy = torch.empty_like(large)
