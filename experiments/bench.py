@@ -62,7 +62,10 @@ def ceilings(options: argparse.Namespace) -> Row:
 def main() -> None:
     parser = measuring.parser(__doc__.split("\n")[0])
     parser.add_argument(
-        "--dispatch", choices=bench_layers.DISPATCHES, default="capacity", help="of the layer"
+        "--dispatch",
+        choices=bench_layers.DISPATCHES,
+        default="capacity",
+        help="of layer and system",
     )
     parser.add_argument(
         "--capacity-factor", type=float, help="default: 1 for a layer, the preset's for a system"

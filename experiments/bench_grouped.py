@@ -12,9 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_layers import must_be_near, normal
+from bench_layers import DTYPE, must_be_near, normal
 from measuring import Row, Times, UnavailableError, failure, figures, time_calls
 from workloads import BALANCED, ZIPF, draw_group_sizes
+
+from moe_jax.ops.grouped import Groups, _hopper, grouped_matmul, is_row, make_groups
 
 FORWARD, LEFT, WEIGHT = LEGS = ("forward", "left", "weight")
 # (block_m, block_n, block_k, max_concurrent_steps, grid_block_n) of the kernels in jax.
@@ -63,12 +65,20 @@ SMOKE = GroupedShape(4, 32, 64, 48)
 
 
 class Operands(NamedTuple):
-    """x [R, K], w [E, K, N], dy [R, N] in bfloat16, and group_sizes [E] int32, summing to R."""
+    """x [R, K], w [E, K, N], dy [R, N] in bfloat16, and group_sizes [E] int32, summing to R.
+
+    The same rows as moe_jax's own dispatch lays them out, each group from a multiple of 64 on:
+    x_laid, dy_laid and their `Groups`; row [R] says where each went.
+    """
 
     x: jax.Array
     w: jax.Array
     dy: jax.Array
     group_sizes: jax.Array
+    x_laid: jax.Array
+    dy_laid: jax.Array
+    groups: Groups
+    row: jax.Array
 
 
 Function = Callable[[Operands], jax.Array]
@@ -81,7 +91,7 @@ def by_vjp(function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> 
     """All legs of a differentiable (x, w, group_sizes) -> y; what a leg does not use is not run."""
 
     def leg_of(leg: str, operands: Operands) -> jax.Array:
-        x, w, dy, group_sizes = operands
+        x, w, dy, group_sizes = operands[:4]
         if leg == FORWARD:
             return function(x, w, group_sizes)
         if leg == LEFT:
@@ -114,7 +124,7 @@ def mosaic(leg: str, shape: GroupedShape) -> dict[str, Function]:
     from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
     def run(blocks: dict[str, int], operands: Operands) -> jax.Array:
-        x, w, dy, group_sizes = operands
+        x, w, dy, group_sizes = operands[:4]
         if leg == FORWARD:
             return ragged_dot(x, w, group_sizes=group_sizes, **blocks)
         if leg == LEFT:
@@ -133,10 +143,36 @@ def mosaic(leg: str, shape: GroupedShape) -> dict[str, Function]:
     return found
 
 
+def kernels(leg: str, shape: GroupedShape) -> dict[str, Function]:
+    """The library's own kernels for Hopper, on rows laid out beforehand, in each of `TILINGS`."""
+    if not _hopper.takes(jnp.zeros((), DTYPE), (shape.experts, shape.inner, shape.outer)):
+        raise UnavailableError(f"{jax.devices()[0]} or the widths of {shape} do not suit them")
+
+    def run(tiling: _hopper.Tiling, operands: Operands) -> jax.Array:
+        _, w, _, _, x, dy, groups, _ = operands
+        if leg == FORWARD:
+            return _hopper.rows_by_matrices(x, w, groups, tiling=tiling)
+        if leg == LEFT:
+            return _hopper.rows_by_matrices(dy, w, groups, transpose=True, tiling=tiling)
+        return _hopper.rows_by_rows(x, dy, groups, tiling=tiling)
+
+    columns = shape.inner if leg == LEFT else shape.outer
+    fitting = (tiling for tiling in TILINGS if columns % tiling.columns == 0)
+    return {str(tiling): functools.partial(run, tiling) for tiling in fitting}
+
+
+TILINGS = tuple(
+    _hopper.Tiling(columns=columns, stages=stages, sweep=sweep)
+    for columns, stages in ((256, 4), (256, 3), (128, 6), (128, 4))
+    for sweep in (4, 12)
+)
+
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "einsum": einsum,
     "ragged_dot": by_vjp(jax.lax.ragged_dot),
     "mosaic": mosaic,
+    "moe_jax": kernels,
+    "moe_jax-xla": by_vjp(functools.partial(grouped_matmul, implementation="xla")),
 }
 NEED_EQUAL_GROUPS = ("einsum",)
 
@@ -145,7 +181,7 @@ def operands_of(shape: GroupedShape, skew: str) -> list[Operands]:
     """Two sets of operands, which share w and are both too large to stay in a cache."""
     w = normal(0, (shape.experts, shape.inner, shape.outer), shape.inner)
     return [
-        Operands(
+        with_layout(
             normal(2 * seed + 1, (shape.total, shape.inner)),
             w,
             normal(2 * seed + 2, (shape.total, shape.outer)),
@@ -155,13 +191,23 @@ def operands_of(shape: GroupedShape, skew: str) -> list[Operands]:
     ]
 
 
+def with_layout(x: jax.Array, w: jax.Array, dy: jax.Array, group_sizes: jax.Array) -> Operands:
+    """The operands in both layouts."""
+    groups = make_groups(group_sizes, x.shape[0])
+    row = jnp.flatnonzero(is_row(groups), size=x.shape[0])
+    laid = (jnp.zeros((groups.num_rows, a.shape[1]), a.dtype).at[row].set(a) for a in (x, dy))
+    return Operands(x, w, dy, group_sizes, *laid, groups, row)
+
+
 def check(leg: str, operands: Operands, result: jax.Array) -> None:
     """Compares some rows, or some rows of one group's gradient, with float32 products.
 
     Raises:
         ArithmeticError: they differ by more than rounding.
     """
-    x, w, dy, group_sizes = operands
+    x, w, dy, group_sizes = operands[:4]
+    if leg != WEIGHT and result.shape[0] != x.shape[0]:
+        result = result[operands.row]
     ends = np.cumsum(np.asarray(group_sizes))
     product = functools.partial(jnp.matmul, precision="highest", preferred_element_type=jnp.float32)
     if leg == WEIGHT:

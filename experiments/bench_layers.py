@@ -22,14 +22,18 @@ from workloads import (
     max_over_mean,
 )
 
-from moe_jax.experts import ExpertBank, SwiGLUExpert
+from moe_jax.experts import ExpertBank, Rows, SwiGLUExpert
+from moe_jax.ops.grouped import is_row
 from moe_jax.routing import (
     Choices,
     combine,
+    combine_rows,
     dispatch,
     dispatch_index,
+    dispatch_rows,
     expert_capacity,
     make_plan,
+    row_index,
 )
 
 DTYPE = jnp.bfloat16
@@ -80,8 +84,26 @@ def with_capacity(shape: LayerShape, factor: float) -> Apply:
     return apply
 
 
+def with_rows(shape: LayerShape, factor: float) -> Apply:
+    """The layer with a row for every choice."""
+    del factor
+    bank = bank_of(shape)
+
+    def apply(variables, x, expert, weight):
+        index = row_index(expert, shape.experts)
+        whose = Rows(index.groups, sequence=index.token_of_row // shape.tokens)
+        args = dispatch_rows(x, index), is_row(index.groups), index.token_of_row
+        outputs = bank.apply(variables, *args, rows=whose).output
+        return combine_rows(outputs, weight, index), jnp.ones(expert.shape, bool)
+
+    return apply
+
+
 # What `--dispatch` chooses from: (shape, capacity factor) -> the layer.
-DISPATCHES: dict[str, Callable[[LayerShape, float], Apply]] = {"capacity": with_capacity}
+DISPATCHES: dict[str, Callable[[LayerShape, float], Apply]] = {
+    "capacity": with_capacity,
+    "dropless": with_rows,
+}
 
 
 def bank_variables(shape: LayerShape) -> Any:

@@ -88,6 +88,7 @@ class SystemCase:
         dropped = float(stats.dropped_fraction)
         flops = sizes_of(config).flops_per_token(self.length, 1 - dropped)
         router = "" if options.router == "initial" else f"/router-{options.router}"
+        router += "" if options.dispatch == "capacity" else f"/{options.dispatch}"
         row = figures(
             self.name + router,
             times,
@@ -103,6 +104,7 @@ class SystemCase:
 
 def configured(config: MoEConfig, options: argparse.Namespace) -> MoEConfig:
     """The case's config with the command line's wishes."""
+    config = config.replace(dispatch=options.dispatch)
     if options.capacity_factor:
         factor = options.capacity_factor
         config = config.replace(capacity_factor=factor, eval_capacity_factor=factor)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.experts import ExpertBank, ExpertOutput, Rows
-from moe_jax.ops.grouped import is_row, to_rows
+from moe_jax.ops.grouped import is_row
 from moe_jax.reports import DraftReports, batch_reports, choice_reports, sequence_reports
 from moe_jax.routing import (
+    Choices,
     RoutingPlan,
     RowIndex,
     combine,
@@ -132,7 +133,7 @@ class Constellation(nn.Module):
         weight = choices.weight.reshape(tokens, num_choices)
         output = combine_rows(expert.output, weight, index)
         confidence = combine_rows(expert.confidence[:, None], weight, index)
-        plan = RoutingPlan(*choices, *(a.reshape(choices.expert.shape) for a in _slots(index)))
+        plan = _plan(choices, index)
         reports = self._report_choices(expert, plan, index.row_of_choice, source)
         shape = (batch, length)
         return output.reshape(*shape, -1), confidence.reshape(shape), plan, reports
@@ -246,10 +247,9 @@ class Constellation(nn.Module):
         )
 
 
-def _slots(index: RowIndex) -> tuple[Int[Array, "T K"], Bool[Array, "T K"]]:
-    """Each choice's place among its expert's rows, and whether it has one."""
-    groups = index.groups
-    first = jnp.append(to_rows(groups.start, groups), 0)
-    has_row = index.row_of_choice < groups.num_rows
-    slot = jnp.where(has_row, index.row_of_choice - first[index.row_of_choice], 0)
-    return slot, has_row
+def _plan(choices: Choices, index: RowIndex) -> RoutingPlan:
+    """The plan that drops nothing; a slot is a place among all rows of the expert."""
+    row = index.row_of_choice.reshape(choices.expert.shape)
+    has_row = row < index.groups.num_rows
+    slot = jnp.where(has_row, row - index.groups.start[choices.expert], 0)
+    return RoutingPlan(*choices, slot=slot, is_kept=has_row)

@@ -19,7 +19,8 @@ def compiled(expert="mlp", dropout=0.0, **fields):
     if expert == "mlp":
         one = MLPExpert(16, O, dropout=dropout)
     else:
-        one = TransformerExpert(8, O, num_heads=2, dropout=dropout)
+        causal = expert == "causal"
+        one = TransformerExpert(8, O, num_heads=2, dropout=dropout, causal=causal)
     constellation = Constellation(
         Supervisor(num_experts=E, top_k=K, num_heads=2), ExpertBank(one, E), **fields
     )
@@ -49,6 +50,47 @@ def test_routed_equals_sequence_context_without_attention():
     np.testing.assert_allclose(routed.confidence, whole.confidence, rtol=1e-5, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, routed.plan.expert, whole.plan.expert)
     np.testing.assert_array_equal(routed.plan.is_kept, whole.plan.is_kept)
+
+
+@pytest.mark.parametrize(
+    ("expert", "scope"),
+    [("mlp", "sequence"), ("mlp", "batch"), ("transformer", "sequence"), ("causal", "none")],
+)
+def test_dropless_equals_slots_for_all(expert, scope):
+    """Outputs, reports and gradients; only the meaning of a slot differs."""
+    x, is_valid = inputs()
+    fields = {"report_scope": scope, **AMPLE}
+    runs = compiled(expert, **fields)[1], compiled(expert, dispatch="dropless", **fields)[1]
+
+    def with_gradient(run):
+        def loss(variables, x):
+            out = run(variables, x, is_valid=is_valid)
+            return jnp.sum(jnp.sin(out.output)) + jnp.sum(out.confidence), out
+
+        gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (_, out), grads = jax.jit(gradient)(variables_of(expert), x)
+        return out._replace(plan=out.plan._replace(slot=0)), grads
+
+    found, expected = map(with_gradient, runs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected
+    )
+
+
+def test_dropless_computes_every_choice_however_they_fall():
+    """All tokens to the same experts, which slots for a fair share would not hold."""
+    x, is_valid = inputs()
+    variables = jax.tree.map(jnp.copy, variables_of())
+    same = jnp.broadcast_to(jnp.asarray(x[:1, :1]), x.shape)
+    few = compiled(eval_capacity_factor=0.5)[1](variables, same, is_valid=is_valid)
+    all_ = compiled(dispatch="dropless")[1](variables, same, is_valid=is_valid)
+    kept = np.asarray(all_.plan.is_kept)
+    np.testing.assert_array_equal(kept, np.broadcast_to(is_valid[..., None], kept.shape))
+    assert np.sum(few.plan.is_kept) < kept.sum()
+    assert len(np.unique(np.asarray(all_.plan.expert)[kept])) == K
+    outputs = np.asarray(all_.output)[is_valid]
+    np.testing.assert_allclose(outputs, np.broadcast_to(outputs[:1], outputs.shape), rtol=1e-5)
+    assert np.any(outputs)
 
 
 def test_the_output_is_a_weighted_sum_of_the_chosen_experts():

@@ -15,8 +15,9 @@ class RoutingPlan(NamedTuple):
     Attributes:
         expert: [B, S, K] int32, the chosen experts, best first.
         weight: [B, S, K] float32, normalised over K before anything is dropped.
-        slot: [B, S, K] int32, place in that expert's buffer of the routing group; at or above
-            the capacity when the choice was dropped.
+        slot: [B, S, K] int32, place in that expert's buffer of the routing group, at or above
+            the capacity when the choice was dropped; without buffers, place among the expert's
+            rows.
         is_kept: [B, S, K] bool, False where the choice was dropped or the token is padding.
     """
 
