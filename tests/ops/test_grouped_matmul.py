@@ -140,6 +140,40 @@ def test_hopper_kernels_interpreted(leg, monkeypatch):
     assert_close([found], [expected], jnp.bfloat16)
 
 
+NEWER = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the kernels load a bias as jax 0.11 has it"
+)
+
+
+@NEWER
+def test_hopper_kernels_add_a_bias_and_take_gelu_before_rounding(monkeypatch):
+    monkeypatch.setattr(_hopper, "_num_programs", lambda: 2)
+    sizes, (x, w, bias) = [70, 0, 5], operands(jnp.bfloat16)
+    groups, w, bias = make_groups(jnp.array(sizes), 80), w / 8, bias[:3]
+    row, n = np.flatnonzero(is_row(groups)), sum(sizes)
+    laid_out = jnp.zeros((groups.num_rows, INNER), x.dtype).at[row].set(x[:n])
+    how = {"bias": bias, "activation": "gelu_tanh", "interpret": interpreter()}
+    found = _hopper.rows_by_matrices(laid_out, w, groups, **how)[row]
+    product, _, _ = slow(x[:n], w, jnp.zeros((n, OUTER)), sizes)
+    own = np.repeat(np.asarray(bias, np.float64), sizes, axis=0)
+    expected = jax.nn.gelu(jnp.asarray(product + own, jnp.float32), approximate=True)
+    assert_close([found], [np.asarray(expected)], jnp.bfloat16)
+
+
+@NEWER
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+def test_hopper_kernels_with_a_bias_lower(activation):
+    num_rows, shape = padded_rows(4096, 8), jax.ShapeDtypeStruct
+    arrays = [shape(s, jnp.bfloat16) for s in ((num_rows, 512), (8, 512, 768), (8, 768))]
+
+    def run(x, w, bias, size):
+        groups = make_groups(size, 4096)
+        return _hopper.rows_by_matrices(x, w, groups, bias=bias, activation=activation)
+
+    traced = jax.jit(run).trace(*arrays, shape((8,), jnp.int32))
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize("leg", LEGS)
 @pytest.mark.parametrize(("inner", "outer"), [(512, 768), (2048, 8192), (128, 64)])
 def test_hopper_kernels_lower(leg, inner, outer):

@@ -7,6 +7,7 @@ start at multiples of 64 rows, the rows of one warpgroup, so that none ever stor
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -74,7 +75,8 @@ def takes(x: jax.Array, w_shape: tuple[int, ...], *, any_device: bool = False) -
 
 @functools.cache
 def _is_hopper() -> bool:
-    if jax.default_backend() != "gpu":
+    # Earlier Pallas has another signature for loads, and its kernels were never tried.
+    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
         return False
     return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
 
@@ -116,6 +118,8 @@ def rows_by_matrices(
     groups: Groups,
     *,
     transpose: bool = False,
+    bias: Float[Array, "E J"] | None = None,
+    activation: str | None = None,
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> Float[Array, "R J"]:
@@ -126,6 +130,8 @@ def rows_by_matrices(
         w: [E, I, J], or [E, J, I] with `transpose`, of the same dtype.
         groups: of R rows.
         transpose: multiply by the transposes.
+        bias: [E, J], added in float32 before anything is rounded.
+        activation: "gelu_tanh", taken in float32 before anything is rounded; None for none.
         tiling: how to cut the work; None for the usual.
         interpret: parameters of Pallas's interpreter, to run without a GPU.
 
@@ -139,7 +145,7 @@ def rows_by_matrices(
     kernel = functools.partial(
         _rows_kernel, tiling=tiling, inner=x.shape[1], outer=outer, num_groups=groups.num_groups
     )
-    kernel = functools.partial(kernel, transpose=transpose)
+    kernel = functools.partial(kernel, transpose=transpose, activation=activation)
     step = (tiling.columns, tiling.depth) if transpose else (tiling.depth, tiling.columns)
     rows = x.shape[0]
     if interpret:
@@ -147,7 +153,11 @@ def rows_by_matrices(
         x = jnp.pad(x, ((0, BLOCK), (0, 0)))
     out = jax.ShapeDtypeStruct((rows, outer), x.dtype)
     blocks = ((_ROWS, tiling.depth), step)
-    return _launch(kernel, out, blocks, tiling, interpret)(*row_tiles(groups), x, w)
+    # An input that the kernel has no use for costs nothing, and spares a second signature.
+    is_biased = bias is not None
+    bias = bias if is_biased else jnp.zeros((1, _SWIZZLED), x.dtype)
+    kernel = functools.partial(kernel, is_biased=is_biased)
+    return _launch(kernel, out, blocks, tiling, interpret)(*row_tiles(groups), x, w, bias)
 
 
 def rows_by_rows(
@@ -218,9 +228,9 @@ def _span(index: Int[Array, ""] | int, size: int) -> Any:
 
 
 def _rows_kernel(
-    group_ref, start_ref, rows_ref, num_ref, x_ref, w_ref, out_ref,
+    group_ref, start_ref, rows_ref, num_ref, x_ref, w_ref, bias_ref, out_ref,
     x_shared, w_shared, staged, loaded, consumed,
-    *, tiling, inner, outer, num_groups, transpose,
+    *, tiling, inner, outer, num_groups, transpose, is_biased, activation,
 ):  # fmt: skip
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -261,9 +271,19 @@ def _rows_kernel(
                 pl.ds(pl.multiple_of(at, _SWIZZLED), _SWIZZLED),
             ]
 
+        def finish(i, part):
+            if is_biased:
+                group = jnp.minimum(group_ref[row_tile], num_groups - 1)
+                at = pl.multiple_of(column * columns + i * _SWIZZLED, _SWIZZLED)
+                # Every thread loads the few columns that it holds.
+                own = plgpu.load(bias_ref.at[group, pl.ds(at, _SWIZZLED)], optimized=False)
+                own = own.astype(jnp.float32)
+                part = part + lax.broadcast_in_dim(own, part.shape, (1,))
+            return _gelu_tanh(part) if activation else part
+
         @pl.when(rows_ref[row_tile] > half * BLOCK)
         def _():
-            _store(acc, staged, to, half)
+            _store(acc, staged, to, half, finish)
 
     _work(
         shape[0] * shape[1],
@@ -397,14 +417,19 @@ def _work(num_tiles, num_steps, load, multiply, store, tiling, loaded, consumed)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _store(acc, staged, to, half):
+def _gelu_tanh(x):
+    """The tanh form of GELU."""
+    return 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def _store(acc, staged, to, half, finish=lambda i, part: part):
     """Stores [64, columns] through shared memory, 64 columns at a time, two of them under way."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    acc = acc.astype(staged.dtype)
     for i in range(acc.shape[1] // _SWIZZLED):
         slot = i % _SLOTS
         plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
-        staged[half, slot] = acc[:, i * _SWIZZLED : (i + 1) * _SWIZZLED]
+        part = acc[:, i * _SWIZZLED : (i + 1) * _SWIZZLED]
+        staged[half, slot] = finish(i, part).astype(staged.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged.at[half, slot], to(i))

@@ -32,8 +32,8 @@ def grouped_matmul(
         groups: the layout of the R rows, or the sizes [E] int32 of consecutive groups, whose sum
             is at most R.
         implementation: "xla", everywhere, which None stands for; "mosaic", kernels for NVIDIA
-            Hopper (16-bit, I and J multiples of 128), which wait for a measurement to become
-            the default there.
+            Hopper (16-bit, I and J multiples of 128, jax 0.11), which wait for a measurement
+            to become the default there.
 
     Returns:
         [R, J] in the dtype of `x`.
@@ -51,8 +51,8 @@ def grouped_matmul(
     implementation = implementation or "xla"
     if implementation == "mosaic" and not _hopper.takes(x, w.shape):
         raise ValueError(
-            'implementation="mosaic" wants an NVIDIA Hopper GPU, a 16-bit dtype, and widths that '
-            f"128 divides; got {x.dtype} and w of shape {w.shape} on {jax.default_backend()}"
+            'implementation="mosaic" wants an NVIDIA Hopper GPU, jax 0.11, a 16-bit dtype, and '
+            f"widths that 128 divides; got {x.dtype} and w of shape {w.shape} on {jax.default_backend()}"
         )
     if implementation not in ("xla", "mosaic"):
         raise ValueError(f'implementation must be "xla", "mosaic" or None, got {implementation!r}')
