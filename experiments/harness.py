@@ -1,5 +1,6 @@
 """What the experiments share: processes of their own, memory, the machine, tables and axes."""
 
+import gc
 import multiprocessing
 import os
 import platform
@@ -15,7 +16,7 @@ import jax
 from matplotlib.axes import Axes
 
 GIB = 2**30
-INK, FAINT, RED = "#1f4e79", "#9aa5b1", "#c0392b"
+INK, FAINT, BRIGHT = "#1f4e79", "#9aa5b1", "#e67e22"
 
 
 def in_turn(
@@ -78,6 +79,7 @@ def attempt(function: Callable[..., dict], *args: Any) -> dict:
         return function(*args)
     except Exception as error:
         traceback.print_exc()
+        gc.collect()  # what failed may hold much of the device's memory
         text = str(error)
         is_memory = isinstance(error, MemoryError) or any(
             sign in text for sign in ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")

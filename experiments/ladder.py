@@ -4,8 +4,9 @@ Two ladders, inference (forward and graph write) and training (the same, with Ad
 Every rung adds one thing to the rung that it stands on, and runs in a process of its own:
 
 - op by op: the step called without `jit`. Each operation of `jax.numpy`, `jax.lax` and Flax is
-  dispatched by itself, as an eager framework does; a loop is one operation. The graph's functions
-  are compiled one by one wherever they are called from, so they are here, too.
+  dispatched by itself, as an eager framework does, and what Python takes for that counts; a loop
+  is one operation. The graph's functions are compiled one by one wherever they are called from, so
+  they are here, too.
 - jit: the step as one program.
 - bfloat16: arithmetic and, for inference, the experts' parameters.
 - remat: the backward pass recomputes the experts, all but matmuls ("dots") or whole ("full").
@@ -26,19 +27,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import harness
 import numpy as np
 import tyro
-from harness import (
-    FAINT,
-    INK,
-    RED,
-    finish,
-    in_turn,
-    markdown,
-    memory_unit,
-    prepare_environment,
-    say,
-)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -107,7 +98,7 @@ def outcome(row: Mapping[str, Any]) -> float | str:
 
 def table(task: Task, rows: Rows) -> str:
     """A ladder as Markdown."""
-    factor, unit = memory_unit(row.get("gib") for row in rows)
+    factor, unit = harness.memory_unit(row.get("gib") for row in rows)
     shown = []
     for row in rows:
         cells = row | {"ms": outcome(row), "gib": row.get("gib") and factor * row["gib"]}
@@ -120,45 +111,49 @@ def table(task: Task, rows: Rows) -> str:
     kind = "the allocator's peak" if is_peak else "XLA's plan of the program"
     whole = next((row["name"] for row in rows if row.get("gib")), "none")
     title = f"{task.capitalize()}; memory is {kind}, its share is that of {whole!r}."
-    return f"{title}\n\n{markdown(shown, COLUMNS | {'gib': unit})}\n"
+    return f"{title}\n\n{harness.markdown(shown, COLUMNS | {'gib': unit})}\n"
 
 
 def plot(ladders: Mapping[Task, Rows], title: str) -> Figure:
-    """Bars of time and memory, two panels a ladder, with what was promised in red."""
+    """Bars of time and memory, two panels a ladder, with what was promised in orange."""
     heights = [len(rows) + 2.5 for rows in ladders.values()]
     figure = Figure(figsize=(11, 0.34 * sum(heights) + 0.7), layout="constrained")
     panels = figure.subplots(len(ladders), 2, squeeze=False, height_ratios=heights)
     for (task, rows), (left, right) in zip(ladders.items(), panels, strict=True):
-        factor, unit = memory_unit(row.get("gib") for row in rows)
-        finish(left, f"{task.capitalize()}: time of a step", "ms, logarithmic")
-        finish(right, "Memory", unit)
-        times = [row["ms"] for row in rows if "ms" in row]
+        factor, unit = harness.memory_unit(row.get("gib") for row in rows)
+        harness.finish(left, f"{task.capitalize()}: time of a step", "ms, logarithmic")
+        harness.finish(right, "Memory", unit)
         left.set_xscale("log")
-        left.set_xlim(min(times, default=1) / 2, 8 * max(times, default=1))
         _bars(left, rows, "ms", "speed_up", "{:.3g} ms  ({:.3g}x)")
-        most = max((row.get("gib") or 0 for row in rows), default=0)
-        right.set_xlim(0, 1.35 * (factor * most or 1))
-        right.xaxis.set_major_locator(MaxNLocator(6))
         _bars(right, rows, "gib", "ratio", f"{{:.3g}} {unit}  ({{:.2f}})", factor)
+        right.xaxis.set_major_locator(MaxNLocator(6))
         right.tick_params(labelleft=False)
-    figure.suptitle(f"{title}; red: promised by the original", fontsize=9, x=0.01, ha="left")
+    figure.suptitle(f"{title}; orange: promised by the original", fontsize=9, x=0.01, ha="left")
     return figure
 
 
 def _bars(axes: Axes, rows: Rows, name: str, gain: str, label: str, factor: float = 1.0) -> None:
-    """One bar a row, with its figure and its gain beside it."""
+    """One bar a row; its figure and its gain at the right, where no bar reaches."""
+    known = [row[name] for row in rows if row.get(name)]
+    known += [value for row in rows for value in row.get(f"promised_{name}", ())]
+    least, most = factor * min(known, default=1) / 2, factor * max(known, default=1)
+    if axes.get_xscale() == "log":
+        axes.set_xlim(least, most * (most / least) ** 0.45)
+    else:
+        axes.set_xlim(0, 1.45 * most)
     for at, row in enumerate(rows):
-        start, text = axes.get_xlim()[0], "unknown" if "ms" in row else outcome(row)
+        text = "unknown" if "ms" in row else str(outcome(row))[:28]
         if row.get(name):
-            start = factor * row[name]
-            text = label.format(start, row.get(gain) or float("nan"))
-            axes.barh(at, start, color=INK if row["on"] else FAINT)
-        style = {"textcoords": "offset points", "va": "center", "fontsize": 8}
-        axes.annotate(text, (start, at), (4, 0), **style)
+            text = label.format(factor * row[name], row.get(gain) or float("nan"))
+            axes.barh(at, factor * row[name], color=harness.INK if row["on"] else harness.FAINT)
+        place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
+        axes.text(1.0, at, text, fontsize=8, **place)
         if promised := row.get(f"promised_{name}"):
-            axes.plot([factor * v for v in promised], [at, at], "|-", color=RED, ms=11, lw=2)
+            axes.plot(
+                [factor * v for v in promised], [at, at], "|-", color=harness.BRIGHT, ms=11, lw=2
+            )
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
 
 
 def save(ladders: Mapping[Task, Rows], size: str, shape: Any, out: Path) -> None:
@@ -193,14 +188,14 @@ def main(
         limit: seconds that a rung may take.
         out: folder for ladder.json, ladder.md and ladder.png, written anew after every rung.
     """
-    prepare_environment()
+    harness.prepare_environment()
     ladders: dict[Task, Rows] = {}
     for task in tasks:
         ladder, measured = [rung for rung in rungs(task) if not only or rung.name in only], []
         for rung in ladder:
-            measured += in_turn(measure, [(task, rung, size, shape, repeats)], limit)
+            measured += harness.in_turn(measure, [(task, rung, size, shape, repeats)], limit)
             ladders[task] = compare(ladder, measured)
-            say(f"{task}, {rung.name}: {outcome(ladders[task][-1])}")
+            harness.say(f"{task}, {rung.name}: {outcome(ladders[task][-1])}")
             if out:
                 save(ladders, size, shape or SIZES[size][1:], out)
     print("\n".join(table(task, rows) for task, rows in ladders.items()))
