@@ -1,9 +1,11 @@
 """What the experiments share: processes of their own, memory, the machine, tables and axes."""
 
+import atexit
 import gc
 import multiprocessing
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -92,7 +94,9 @@ def prepare_environment() -> None:
     """For processes to come: most of a GPU's memory, and one folder of compiled programs."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="moe_jax-experiment-")
+        folder = tempfile.mkdtemp(prefix="moe_jax-experiment-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def machine() -> dict[str, str]:
@@ -135,6 +139,11 @@ def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> s
 def memory_unit(gib: Iterable[float | None]) -> tuple[float, str]:
     """What to multiply GiB by so that the largest reads well, and the unit that this gives."""
     return (1.0, "GiB") if max((g or 0 for g in gib), default=0) >= 1 else (1024.0, "MiB")
+
+
+def outcome(row: Mapping[str, Any]) -> float | str:
+    """The time in ms, or why there is none."""
+    return row.get("ms") or row.get("error") or row["skipped"]
 
 
 def say(text: str) -> None:

@@ -91,17 +91,12 @@ def _gib(row: Mapping[str, Any]) -> float | None:
     return row.get("peak_gib") or row.get("planned_gib")
 
 
-def outcome(row: Mapping[str, Any]) -> float | str:
-    """The time in ms, or why there is none."""
-    return row.get("ms") or row.get("error") or row["skipped"]
-
-
 def table(task: Task, rows: Rows) -> str:
     """A ladder as Markdown."""
     factor, unit = harness.memory_unit(row.get("gib") for row in rows)
     shown = []
     for row in rows:
-        cells = row | {"ms": outcome(row), "gib": row.get("gib") and factor * row["gib"]}
+        cells = row | {"ms": harness.outcome(row), "gib": row.get("gib") and factor * row["gib"]}
         if row.get("is_at_most"):
             cells["gib"] = f"at most {cells['gib']:.3g}"
         if not row.get("agrees", True):
@@ -142,7 +137,7 @@ def _bars(axes: Axes, rows: Rows, name: str, gain: str, label: str, factor: floa
     else:
         axes.set_xlim(0, 1.45 * most)
     for at, row in enumerate(rows):
-        text = "unknown" if "ms" in row else str(outcome(row))[:28]
+        text = "unknown" if "ms" in row else str(harness.outcome(row))[:28]
         if row.get(name):
             text = label.format(factor * row[name], row.get(gain) or float("nan"))
             axes.barh(at, factor * row[name], color=harness.INK if row["on"] else harness.FAINT)
@@ -195,7 +190,7 @@ def main(
         for rung in ladder:
             measured += harness.in_turn(measure, [(task, rung, size, shape, repeats)], limit)
             ladders[task] = compare(ladder, measured)
-            harness.say(f"{task}, {rung.name}: {outcome(ladders[task][-1])}")
+            harness.say(f"{task}, {rung.name}: {harness.outcome(ladders[task][-1])}")
             if out:
                 save(ladders, size, shape or SIZES[size][1:], out)
     print("\n".join(table(task, rows) for task, rows in ladders.items()))

@@ -116,13 +116,14 @@ def measure(task: Task, rung: Rung, size: str, shape: tuple[int, int] | None, re
     x = jax.random.normal(jax.random.key(3), (NUM_INPUTS, *(shape or usual), config.input_dim))
     inputs = list(x.astype(jnp.bfloat16).astype(jnp.float32))
     step, planned = compile_step(plain, rung, (fixed, state, inputs[0]))
-    numbers, state = first_numbers(step, fixed, state, inputs)
-    rounds = []
+    run = Runner(step, fixed, state)
+    del state  # or the first one would be there to the end
+    numbers, rounds = first_numbers(run, inputs), []
     for _ in range(repeats):
         began = time.perf_counter()
         for i in range(IN_A_ROW):
-            state, results = step(fixed, state, inputs[i % NUM_INPUTS])
-        jax.block_until_ready((state, results))
+            results = run(inputs[i % NUM_INPUTS])
+        jax.block_until_ready((run.state, results))
         rounds.append(1e3 * (time.perf_counter() - began) / IN_A_ROW)
     peak = peak_bytes()
     return {
@@ -149,21 +150,29 @@ def compile_step(plain: Callable, rung: Rung, args: tuple) -> tuple[Callable, in
     return (compiled if rung.is_ahead else jitted), planned_bytes(compiled)
 
 
-def first_numbers(
-    step: Callable, fixed: Any, state: Any, inputs: list[jax.Array]
-) -> tuple[dict[str, np.ndarray], Any]:
-    """What the first steps compute, and the state after them."""
+class Runner:
+    """A step and its state, which nobody else holds."""
+
+    def __init__(self, step: Callable, fixed: Any, state: Any) -> None:
+        self.step, self.fixed, self.state = step, fixed, state
+
+    def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
+        """Goes one step on, and gives its results."""
+        self.state, results = self.step(self.fixed, self.state, x)
+        return results
+
+
+def first_numbers(run: Runner, inputs: list[jax.Array]) -> dict[str, np.ndarray]:
+    """What the first steps compute: outputs of the first, or its gradients and everyone's loss."""
     numbers, losses = {}, []
-    for i, x in enumerate(inputs):
-        state, results = step(fixed, state, x)
-        results = {name: np.asarray(value, np.float32) for name, value in results.items()}
+    for x in inputs:
+        results = {name: np.asarray(value, np.float32) for name, value in run(x).items()}
         if "loss" in results:
             losses.append(results.pop("loss"))
-            if i == 0:  # The first moment is a tenth of the gradient.
-                results["gradient"] = _sample(optax.tree_utils.tree_get(state[1], "mu"))
-        if i == 0:
-            numbers = results
-    return numbers | ({"losses": np.stack(losses)} if losses else {}), state
+            if len(losses) == 1:  # The first moment is a tenth of the gradient.
+                results["gradient"] = _sample(optax.tree_utils.tree_get(run.state[1], "mu"))
+        numbers = numbers or results
+    return numbers | ({"losses": np.stack(losses)} if losses else {})
 
 
 def _sample(tree: Any) -> np.ndarray:

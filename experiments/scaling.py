@@ -121,8 +121,7 @@ def prepare(curve: str, value: int, size: Size) -> tuple[Callable, Callable[[Any
 
 def _prepare_graph(what: str, nodes: int, size: Size) -> tuple[Callable, Callable[[Any], tuple]]:
     dim, slots = size.config.output_dim, size.config.kg_edge_slots
-    empty = KnowledgeGraph.create
-    graph = jax.jit(lambda: half_full(empty(nodes, dim, num_edge_slots=slots)))()
+    graph = jax.jit(lambda: half_full(KnowledgeGraph.create(nodes, dim, num_edge_slots=slots)))()
     rows = jax.random.normal(jax.random.key(4), (size.rows, dim))
     if what == "search":
         return jax.jit(lambda graph, rows: search(graph, rows, k=10)), lambda _: (graph, rows)
@@ -144,12 +143,11 @@ def measure(curve: str, value: int, size: str, repeats: int) -> Point:
         began = time.perf_counter()
         result = jax.block_until_ready(compiled(*args))
         times.append(1e3 * (time.perf_counter() - began))
-    peak = harness.peak_bytes()
     return {
         "ms": statistics.median(times[2:]),
         "spread_ms": [min(times[2:]), max(times[2:])],
         "gib": harness.planned_bytes(compiled) / harness.GIB,
-        "peak_gib_so_far": peak and peak / harness.GIB,
+        "peak_gib_so_far": (harness.peak_bytes() or 0) / harness.GIB or None,
         "machine": harness.machine(),
     }
 
@@ -161,15 +159,16 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float | None:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def _above(x: Sequence[float]) -> slice:
-    """The upper half of the points, two at least."""
-    return slice(max(0, min(len(x) // 2, len(x) - 2)), None)
+def exponents(x: Sequence[float], y: Sequence[float]) -> tuple[float | None, float | None]:
+    """Of all points, and of their upper half, two at least."""
+    half = max(0, min(len(x) // 2, len(x) - 2))
+    return exponent(x, y), exponent(x[half:], y[half:])
 
 
 def known(points: Sequence[Point], name: str) -> tuple[list[float], list[float]]:
     """Values and figures of the points that have any."""
-    some = [point for point in points if name in point]
-    return [point["value"] for point in some], [point[name] for point in some]
+    some = [(point["value"], point[name]) for point in points if name in point]
+    return [x for x, _ in some], [y for _, y in some]
 
 
 def growth(curve: str, points: Sequence[Point]) -> dict[str, Any]:
@@ -177,15 +176,9 @@ def growth(curve: str, points: Sequence[Point]) -> dict[str, Any]:
     row = {"curve": curve, "expected": CURVES[curve][2]}
     for name, title in (("ms", "time"), ("gib", "memory")):
         x, y = known(points, name)
-        above = _above(x)
-        row |= {title: exponent(x, y), f"{title}_above": exponent(x[above], y[above])}
+        row |= dict(zip((title, f"{title}_above"), exponents(x, y), strict=True))
         row |= {"from": x[0], "to": x[-1]} if x else {}
     return row
-
-
-def outcome(point: Point) -> float | str:
-    """The time in ms, or why there is none."""
-    return point.get("ms") or point["error"]
 
 
 def report(curves: Mapping[str, list[Point]]) -> str:
@@ -195,11 +188,14 @@ def report(curves: Mapping[str, list[Point]]) -> str:
         what, axis, _ = CURVES[curve]
         factor, unit = harness.memory_unit(point.get("gib") for point in points)
         rows = [
-            {axis: f"{p['value']:,}", "ms": outcome(p), "gib": p.get("gib") and factor * p["gib"]}
+            {
+                axis: f"{p['value']:,}",
+                "ms": harness.outcome(p),
+                "gib": p.get("gib") and factor * p["gib"],
+            }
             for p in points
         ]
-        titles = {axis: axis, "ms": f"{what}, ms", "gib": unit}
-        parts.append(harness.markdown(rows, titles))
+        parts.append(harness.markdown(rows, {axis: axis, "ms": f"{what}, ms", "gib": unit}))
     return "\n\n".join(parts) + "\n"
 
 
@@ -227,9 +223,7 @@ def _lines(axes: Axes, own: Mapping[str, list[Point]], name: str, factor: float)
         colour = harness.INK if what in ("forward", "search") else harness.BRIGHT
         x, y = known(points, name)
         if len(x) > 1:
-            above = _above(x)
-            slopes = exponent(x, y), exponent(x[above], y[above])
-            label = "{}, exponent {:.2f}, upper half {:.2f}".format(what, *slopes)
+            label = "{}, exponent {:.2f}, upper half {:.2f}".format(what, *exponents(x, y))
             axes.plot(x, [factor * v for v in y], "o-", color=colour, ms=4, lw=1.5, label=label)
             linear = [factor * y[-1] * v / x[-1] for v in x]
             axes.plot(x, linear, "--", color=colour, lw=1, alpha=0.6)
@@ -237,8 +231,8 @@ def _lines(axes: Axes, own: Mapping[str, list[Point]], name: str, factor: float)
             at_bottom = {"transform": axes.get_xaxis_transform(), "clip_on": False}
             axes.plot(failed, [0.02] * len(failed), "x", color=colour, label="failed", **at_bottom)
     spread = max(max(figures) / min(figures), 10.0)
-    room = min(figures) / spread**0.15, min(figures) * spread**1.4
-    axes.set(xscale="log", yscale="log", ylim=room)
+    axes.set(xscale="log", yscale="log")
+    axes.set_ylim(min(figures) / spread**0.15, min(figures) * spread**1.4)
     values = sorted({point["value"] for points in own.values() for point in points})
     axes.set_xticks(values, [_short(value) for value in values])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 500 else (1,)))
@@ -250,10 +244,9 @@ def _lines(axes: Axes, own: Mapping[str, list[Point]], name: str, factor: float)
 
 
 def _short(value: int) -> str:
-    for unit, name in ((10**6, "M"), (1000, "k")):
-        if value % unit == 0:
-            return f"{value // unit}{name}"
-    return str(value)
+    if value % 10**6 == 0:
+        return f"{value // 10**6}M"
+    return str(value) if value % 1000 else f"{value // 1000}k"
 
 
 def walk(curve: str, size: str, repeats: int, limit: float) -> Iterator[Point]:
@@ -261,7 +254,7 @@ def walk(curve: str, size: str, repeats: int, limit: float) -> Iterator[Point]:
     values = SIZES[size].values[CURVES[curve][1]]
     points = harness.in_turn(measure, [(curve, value, size, repeats) for value in values], limit)
     for value, point in zip(values, points, strict=True):
-        harness.say(f"{curve} {value:,}: {outcome(point)}")
+        harness.say(f"{curve} {value:,}: {harness.outcome(point)}")
         yield {"value": value} | point
 
 

@@ -77,8 +77,8 @@ def test_training_is_compared_by_losses_and_gradients():
         return (optax.apply_updates(params, updates), moments), {"loss": loss}
 
     params, x = np.ones(3, np.float32), np.arange(3, dtype=np.float32)
-    inputs = [x, 2 * x]
-    numbers, _ = rungs.first_numbers(step, None, (params, optimizer.init(params)), inputs)
+    run = rungs.Runner(step, None, (params, optimizer.init(params)))
+    numbers = rungs.first_numbers(run, [x, 2 * x])
     np.testing.assert_allclose(numbers["gradient"], 0.1 * x, rtol=1e-6)
     # Adam's first step moves every entry that has a gradient by its rate.
     np.testing.assert_allclose(numbers["losses"], [3.0, 6.0 * 0.9], rtol=1e-5)
