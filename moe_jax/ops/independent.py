@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from moe_jax._types import Array, Bool
 
 
+@jax.jit  # or a caller that is not compiled itself would compile the loop in each call
 def first_independent(is_near: Bool[Array, "R R"], may_lead: Bool[Array, "R"]) -> Bool[Array, "R"]:
     """The lexicographically first maximal independent set, in rounds.
 
