@@ -49,13 +49,13 @@ def grouped_matmul(
     """
     _check(x, w, groups)
     implementation = implementation or "xla"
-    if implementation == "mosaic" and not _hopper.takes(x, w.shape):
-        raise ValueError(
-            'implementation="mosaic" wants an NVIDIA Hopper GPU, jax 0.11, a 16-bit dtype, and '
-            f"widths that 128 divides; got {x.dtype} and w of shape {w.shape} on {jax.default_backend()}"
-        )
     if implementation not in ("xla", "mosaic"):
         raise ValueError(f'implementation must be "xla", "mosaic" or None, got {implementation!r}')
+    if implementation == "mosaic" and not _hopper.takes(x, w.shape):
+        raise ValueError(
+            'implementation="mosaic" wants an NVIDIA Hopper GPU, jax 0.11, a 16-bit dtype and '
+            f"widths that 128 divides, got {x.dtype}, w {w.shape} and {jax.default_backend()}"
+        )
     if isinstance(groups, Groups):
         return _matmul(x, w, groups, implementation)
     layout = make_groups(groups, x.shape[0])
