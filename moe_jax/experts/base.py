@@ -147,29 +147,35 @@ class SelfAttention(nn.Module):
         dense = functools.partial(Dense, dtype=self.dtype, dot_general=dot_general)
         fused = dense(3 * width, name="qkv")(x, rows)
         heads = fused.reshape(-1, x.shape[-2], 3, self.num_heads, width // self.num_heads)
-        parts = [heads[:, :, i] for i in range(3)]
-        if rows is None:
-            mixed = self._among_slots(parts, is_valid, position)
-        else:
-            mixed = self._among_rows(parts, is_valid, position, rows)
+        among = self._among_slots if rows is None else self._among_rows
+        mixed = among(heads, is_valid, position, rows)
         return dense(width, name="out")(mixed.reshape(x.shape), rows)
 
     def _among_slots(
-        self, parts: list[Array], is_valid: Bool[Array, "*B C"], position: Int[Array, "*B C"]
+        self,
+        heads: Float[Array, "I C 3 heads d"],
+        is_valid: Bool[Array, "*B C"],
+        position: Int[Array, "*B C"],
+        rows: None,
     ) -> Float[Array, "I C heads d"]:
         sees = is_valid[..., None, :]
         if self.causal:
             sees = sees & (position[..., None, :] <= position[..., :, None])
         mask = jnp.broadcast_to(sees, (*is_valid.shape, is_valid.shape[-1]))
+        parts = (heads[:, :, i] for i in range(3))
         return jax.nn.dot_product_attention(*parts, mask=mask.reshape(-1, 1, *mask.shape[-2:]))
 
     def _among_rows(
-        self, parts: list[Array], is_valid: Bool[Array, "R"], position: Int[Array, "R"], rows: Rows
+        self,
+        heads: Float[Array, "1 R 3 heads d"],
+        is_valid: Bool[Array, "R"],
+        position: Int[Array, "R"],
+        rows: Rows,
     ) -> Float[Array, "R heads d"]:
         # An expert's rows of a sequence lie together, and this number is theirs alone.
         segment = rows.sequence * (rows.groups.num_groups + 1) + group_of_rows(rows.groups)
         return segment_attention(
-            *(part[0] for part in parts),
+            heads[0],
             segment=segment,
             is_valid=is_valid,
             position=position if self.causal else None,

@@ -1,5 +1,6 @@
 """Attention among the rows of each segment, where segments of any length follow each other."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
+from moe_jax.ops import _segment_attention_gpu as _gpu
 
 __all__ = ["segment_attention"]
 
@@ -25,13 +27,12 @@ class _Blocks(NamedTuple):
 
 
 def segment_attention(
-    query: Float[Array, "R heads d"],
-    key: Float[Array, "R heads d"],
-    value: Float[Array, "R heads d"],
+    qkv: Float[Array, "R 3 heads d"],
     *,
     segment: Int[Array, "R"],
     is_valid: Bool[Array, "R"],
     position: Int[Array, "R"] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "R heads d"]:
     """Scaled dot-product attention within segments, softmax in float32.
 
@@ -39,31 +40,34 @@ def segment_attention(
     64 by 64 and forgotten, and made again for the gradient (Dao et al. 2022, algorithms 1 and 4).
 
     Args:
-        query: [R, heads, d]; 64 divides R.
-        key: likewise.
-        value: likewise.
+        qkv: [R, 3, heads, d], queries, keys and values; 64 divides R.
         segment: [R] int32; rows that follow each other with the same number are a segment.
         is_valid: [R], False for rows that none sees and that see none: their result is zero.
         position: [R] int32; a row then sees only rows of its own or a lower position. None for
             all rows of the segment.
+        implementation: "xla", everywhere, which None stands for; "pallas", two kernels for
+            NVIDIA GPUs (d a power of two from 16 on), which wait for a measurement to become
+            the default there.
 
     Returns:
-        [R, heads, d] in the dtype of `query`.
+        [R, heads, d] in the dtype of `qkv`.
 
     Raises:
-        ValueError: R is not a multiple of 64.
+        ValueError: R is not a multiple of 64, or `implementation` is unknown.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> x = jnp.ones((64, 1, 4))
-        >>> segment, value = jnp.arange(64) // 2, x * jnp.arange(64.0)[:, None, None]
-        >>> out = segment_attention(x, x, value, segment=segment, is_valid=jnp.ones(64, bool))
+        >>> qkv = jnp.ones((64, 3, 1, 4)).at[:, 2].multiply(jnp.arange(64.0)[:, None, None])
+        >>> segment = jnp.arange(64) // 2
+        >>> out = segment_attention(qkv, segment=segment, is_valid=jnp.ones(64, bool))
         >>> out[:4, 0, 0].tolist()
         [0.5, 0.5, 2.5, 2.5]
     """
-    rows = query.shape[0]
+    rows = qkv.shape[0]
     if rows % BLOCK:
-        raise ValueError(f"query must have a multiple of {BLOCK} rows, got {rows}")
+        raise ValueError(f"qkv must have a multiple of {BLOCK} rows, got {rows}")
+    if implementation not in (None, "xla", "pallas", "interpret"):
+        raise ValueError(f'implementation must be "xla" or "pallas", got {implementation!r}')
     is_new = segment != jnp.roll(segment, 1)
     row = jnp.arange(rows, dtype=jnp.int32)
     start = jax.lax.cummax(jnp.where(is_new, row, 0))
@@ -75,21 +79,46 @@ def segment_attention(
         first=start[::BLOCK] // BLOCK,
         last=stop[BLOCK - 1 :: BLOCK] // BLOCK,
     )
-    by_block = (a.reshape(-1, BLOCK, *a.shape[1:]) for a in (query, key, value))
-    return _attend(*by_block, blocks).reshape(query.shape)
+    return _attend(qkv, blocks, implementation or "xla")
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attend(
+    qkv: Float[Array, "R 3 heads d"], blocks: _Blocks, implementation: str
+) -> Float[Array, "R heads d"]:
+    return _attend_fwd(qkv, blocks, implementation)[0]
+
+
+def _attend_fwd(qkv, blocks, implementation):
+    if implementation == "xla":
+        by_block = (qkv[:, i].reshape(-1, BLOCK, *qkv.shape[2:]) for i in range(3))
+        out, log_total = _forward(*by_block, blocks)
+        out = out.reshape(-1, *out.shape[2:])
+    else:
+        out, log_total = _gpu.forward(qkv, blocks, interpret=implementation == "interpret")
+    return out, (qkv, blocks, out, log_total)
+
+
+def _attend_bwd(implementation, residuals, grad):
+    qkv, blocks, out, log_total = residuals
+    if implementation != "xla":
+        how = {"interpret": implementation == "interpret"}
+        return _gpu.backward(qkv, blocks, out, log_total, grad, **how), None
+    rows = (qkv[:, 0], qkv[:, 1], qkv[:, 2], out, grad)
+    by_block = (a.reshape(-1, BLOCK, *a.shape[1:]) for a in rows)
+    grads = (a.reshape(out.shape) for a in _backward(*by_block, log_total, blocks))
+    return jnp.stack(list(grads), axis=1), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _forward(
     query: Float[Array, "I 64 h d"],
     key: Float[Array, "I 64 h d"],
     value: Float[Array, "I 64 h d"],
     blocks: _Blocks,
-) -> Float[Array, "I 64 h d"]:
-    return _attend_fwd(query, key, value, blocks)[0]
-
-
-def _attend_fwd(query, key, value, blocks):
+) -> tuple[Float[Array, "I 64 h d"], Float[Array, "I h 64"]]:
     """Goes along the blocks of keys that each block of queries touches, with a running softmax."""
 
     def add(other: Array, is_other: Array, sums: tuple) -> tuple:
@@ -108,12 +137,19 @@ def _attend_fwd(query, key, value, blocks):
     out = jnp.swapaxes(out, 1, 2).astype(query.dtype)
     # A row that sees nothing has a share of nothing, whatever its scores.
     log_total = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -_LOW)
-    return out, (query, key, value, blocks, out, log_total)
+    return out, log_total
 
 
-def _attend_bwd(residuals, grad):
+def _backward(
+    query: Float[Array, "I 64 h d"],
+    key: Float[Array, "I 64 h d"],
+    value: Float[Array, "I 64 h d"],
+    out: Float[Array, "I 64 h d"],
+    grad: Float[Array, "I 64 h d"],
+    log_total: Float[Array, "I h 64"],
+    blocks: _Blocks,
+) -> tuple[Float[Array, "I 64 h d"], ...]:
     """Once along the keys for the queries' gradient, once along the queries for the others'."""
-    query, key, value, blocks, out, log_total = residuals
     scale = query.shape[-1] ** -0.5
     dots = _product("nqhd,nqhd->nhq", grad, out)
 
@@ -141,10 +177,7 @@ def _attend_bwd(residuals, grad):
     nothing = jnp.zeros(query.shape)
     grad_query = _along(blocks, for_query, nothing)
     grad_key, grad_value = _along(blocks, for_key, (nothing, nothing))
-    return *(a.astype(query.dtype) for a in (grad_query, grad_key, grad_value)), None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+    return tuple(a.astype(query.dtype) for a in (grad_query, grad_key, grad_value))
 
 
 def _along(blocks: _Blocks, add: Callable, start: tuple | Array) -> tuple | Array:

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.ops.segment_attention import segment_attention
 
-R, HEADS, WIDTH = 256, 2, 8
+R, HEADS, WIDTH = 256, 2, 16
 LENGTHS = {
     "short": [5] * 51 + [1],
     "across blocks": [60, 10, 120, 2, 64],
@@ -28,11 +28,12 @@ def case(lengths, seed=0):
     return *(jnp.asarray(a) for a in (q, k, v, grad, segment)), is_valid, position
 
 
-@functools.partial(jax.jit, static_argnames=("causal",))
-def fast(q, k, v, grad, segment, is_valid, position, causal):
+@functools.partial(jax.jit, static_argnames=("causal", "implementation"))
+def fast(q, k, v, grad, segment, is_valid, position, causal, implementation):
     def attend(q, k, v):
-        order = position if causal else None
-        return segment_attention(q, k, v, segment=segment, is_valid=is_valid, position=order)
+        how = {"position": position if causal else None, "implementation": implementation}
+        qkv = jnp.stack([q, k, v], axis=1)
+        return segment_attention(qkv, segment=segment, is_valid=is_valid, **how)
 
     out, back = jax.vjp(attend, q, k, v)
     return out, back(grad)
@@ -54,13 +55,14 @@ def slow(q, k, v, grad, number, is_valid, position, causal):
     return out, back(grad)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_equals_a_masked_matrix(lengths, causal):
+def test_equals_a_masked_matrix(lengths, causal, implementation):
     *operands, segment, is_valid, position = case(lengths)
     who = jnp.asarray(is_valid), jnp.asarray(position)
     number = jnp.asarray(np.repeat(np.arange(len(lengths)), lengths))
-    found = fast(*operands, segment, *who, causal=causal)
+    found = fast(*operands, segment, *who, causal=causal, implementation=implementation)
     expected = slow(*operands, number, *who, causal=causal)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), found, expected)
 
@@ -68,13 +70,38 @@ def test_equals_a_masked_matrix(lengths, causal):
 def test_what_none_sees_may_be_anything_finite():
     q, k, v, _, segment, is_valid, _ = case(LENGTHS["across blocks"])
     how = {"segment": segment, "is_valid": jnp.asarray(is_valid)}
-    out = segment_attention(q, k, v, **how)
-    away = np.where(is_valid[:, None, None], 0, 1e4).astype(np.float32)
-    np.testing.assert_array_equal(segment_attention(q + away, k + away, v + away, **how), out)
+    qkv = jnp.stack([q, k, v], axis=1)
+    out = segment_attention(qkv, **how)
+    away = jnp.where(is_valid, 0, 1e4)[:, None, None, None]
+    np.testing.assert_array_equal(segment_attention(qkv + away, **how), out)
     assert not np.any(np.asarray(out)[~is_valid])
 
 
-def test_rows_come_in_blocks():
-    x = jnp.ones((65, 1, 4))
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 12) and jax.default_backend() != "gpu",
+    reason="this jax asks the GPU before it hands code to Triton",
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kernels_lower(dtype):
+    """Without a GPU: up to the code that is handed to Triton."""
+
+    def run(qkv, segment, is_valid, grad):
+        how = {"segment": segment, "is_valid": is_valid, "implementation": "pallas"}
+        out, back = jax.vjp(lambda qkv: segment_attention(qkv, **how), qkv)
+        return out, back(grad)
+
+    shapes = [(512, 3, 8, 64), (512,), (512,), (512, 8, 64)]
+    dtypes = [dtype, jnp.int32, bool, dtype]
+    arrays = [jax.ShapeDtypeStruct(*a) for a in zip(shapes, dtypes, strict=True)]
+    text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "segment_forward" in text
+    assert "segment_backward" in text
+
+
+def test_bad_input():
+    how = {"segment": jnp.zeros(65, int), "is_valid": jnp.ones(65, bool)}
     with pytest.raises(ValueError, match="multiple of 64 rows, got 65"):
-        segment_attention(x, x, x, segment=jnp.zeros(65, int), is_valid=jnp.ones(65, bool))
+        segment_attention(jnp.ones((65, 3, 1, 4)), **how)
+    how = {name: array[:64] for name, array in how.items()}
+    with pytest.raises(ValueError, match="implementation must be"):
+        segment_attention(jnp.ones((64, 3, 1, 4)), **how, implementation="cuda")
