@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from moe_jax._types import Array, Bool, Dtype, Float, Int
 from moe_jax.experts import by_row
 from moe_jax.experts.by_row import Rows
-from moe_jax.ops.grouped import Groups, group_of_rows
+from moe_jax.ops.grouped import activate, group_of_rows
 from moe_jax.ops.segment_attention import segment_attention
 
 LAYER_NORM_EPS = 1e-5
@@ -44,12 +44,14 @@ class Dense(nn.Module):
     Attributes:
         features: width of the result.
         use_bias: add a bias.
+        activation: of the sums: "gelu", "gelu_tanh", or None.
         dtype: of the arithmetic; parameters are float32.
         dot_general: multiplies buffers.
     """
 
     features: int
     use_bias: bool = True
+    activation: str | None = None
     dtype: Dtype = jnp.float32
     dot_general: Callable[..., Array] = jax.lax.dot_general
 
@@ -60,19 +62,12 @@ class Dense(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, shape[1:]) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        if rows is None:
-            out = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-            return out if bias is None else out + bias.reshape((1,) * (x.ndim - 1) + shape[1:])
-        multiply = _read_out if self.features == 1 else by_row.matmul
-        out = multiply(x, kernel, rows.groups)
-        return out if bias is None else out + by_row.spread(x, bias, rows.groups)
-
-
-def _read_out(
-    x: Float[Array, "R D"], kernel: Float[Array, "D 1"], groups: Groups
-) -> Float[Array, "R 1"]:
-    """A result of one number is a sum along the row, and no matmul."""
-    return jnp.sum(x * by_row.spread(x, kernel[:, 0], groups), axis=-1, keepdims=True)
+        if rows is not None:
+            return by_row.linear(x, kernel, bias, rows.groups, self.activation)
+        out = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        if bias is not None:
+            out = out + bias.reshape((1,) * (x.ndim - 1) + shape[1:])
+        return out if self.activation is None else activate(out, self.activation)
 
 
 class LayerNorm(nn.Module):
@@ -117,8 +112,21 @@ class ConfidenceHead(nn.Module):
         self, hidden: Float[Array, "*B C H"], rows: Rows | None = None
     ) -> Float[Array, "*B C"]:
         """Returns the confidence of every token, float32."""
-        logit = Dense(1, name="read_out")(hidden.astype(jnp.float32), rows)
-        return jax.nn.sigmoid(logit[..., 0])
+        hidden = hidden.astype(jnp.float32)
+        if rows is None:
+            return jax.nn.sigmoid(Dense(1, name="read_out")(hidden)[..., 0])
+        return jax.nn.sigmoid(_ReadOut(name="read_out")(hidden, rows))
+
+
+class _ReadOut(nn.Module):
+    """`Dense(1)` on rows: one number each, which is a sum along the row and no matmul."""
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "R H"], rows: Rows) -> Float[Array, "R"]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (hidden.shape[-1], 1))
+        bias = self.param("bias", nn.initializers.zeros, (1,))
+        kernel, bias = (by_row.spread(hidden, a, rows.groups) for a in (kernel[:, 0], bias))
+        return jnp.sum(hidden * kernel, axis=-1) + bias[:, 0]
 
 
 class SelfAttention(nn.Module):

@@ -14,7 +14,7 @@ from jax.custom_batching import custom_vmap
 from moe_jax._types import Array, Float, Int
 from moe_jax.ops.grouped import Groups, grouped_matmul, to_rows
 
-__all__ = ["Rows", "matmul", "spread"]
+__all__ = ["Rows", "linear", "spread"]
 
 
 class Rows(NamedTuple):
@@ -30,25 +30,45 @@ class Rows(NamedTuple):
     sequence: Int[Array, "R"]
 
 
-@custom_vmap
-def matmul(x: Float[Array, "R I"], w: Float[Array, "I J"], groups: Groups) -> Float[Array, "R J"]:
-    """Every row times its own expert's matrix.
+def linear(
+    x: Float[Array, "R I"],
+    kernel: Float[Array, "I J"],
+    bias: Float[Array, "J"] | None,
+    groups: Groups,
+    activation: str | None = None,
+) -> Float[Array, "R J"]:
+    """Every row times its own expert's matrix, plus its bias.
 
     Args:
         x: [R, I], the rows of all experts.
-        w: [I, J], one expert's, mapped over by the bank's `vmap`.
+        kernel: [I, J], one expert's, mapped over by the bank's `vmap`.
+        bias: [J], likewise; None for none.
         groups: the experts' rows.
+        activation: of the sums, as `moe_jax.ops.grouped.grouped_matmul` takes it.
 
     Returns:
         [R, J].
     """
-    return x @ w
 
+    def of_all(x: Array, kernel: Array, bias: Array | None, groups: Groups) -> Array:
+        return grouped_matmul(x, kernel, groups, bias=bias, activation=activation)
 
-@matmul.def_vmap
-def _(axis_size: int, is_mapped: Any, x: Array, w: Array, groups: Groups) -> tuple[Array, bool]:
-    w = _of_all(axis_size, is_mapped, w)
-    return grouped_matmul(x, w, groups), False
+    @custom_vmap
+    def run(x: Array, kernel: Array, bias: Array | None, groups: Groups) -> Array:
+        # Outside the bank one expert's parameters serve all rows.
+        shared = (_of_all(groups.num_groups, a) for a in (kernel, bias))
+        return of_all(x, *shared, groups)
+
+    @run.def_vmap
+    def _(size: int, is_mapped: Any, x: Array, kernel: Array, bias: Array | None, groups: Groups):
+        _check_shared(is_mapped)
+        own = (
+            a if mapped else _of_all(size, a)
+            for a, mapped in zip((kernel, bias), is_mapped[1:3], strict=True)
+        )
+        return of_all(x, *own, groups), False
+
+    return run(x, kernel, bias, groups)
 
 
 @custom_vmap
@@ -69,15 +89,18 @@ def spread(
 
 
 @spread.def_vmap
-def _(axis_size: int, is_mapped: Any, x: Array, values: Array, groups: Groups) -> tuple:
-    values = _of_all(axis_size, is_mapped, values)
-    return to_rows(values, groups), False
+def _(size: int, is_mapped: Any, x: Array, values: Array, groups: Groups) -> tuple:
+    _check_shared(is_mapped)
+    return to_rows(values if is_mapped[1] else _of_all(size, values), groups), False
 
 
-def _of_all(axis_size: int, is_mapped: Any, parameter: Array) -> Array:
-    rows_mapped, mapped, groups_mapped = is_mapped
-    if any(jax.tree.leaves((rows_mapped, groups_mapped))):
+def _check_shared(is_mapped: Any) -> None:
+    if is_mapped[0] or any(jax.tree.leaves(is_mapped[-1])):
         raise ValueError("rows of experts must be shared by all experts, and not mapped over")
-    if mapped:
-        return parameter
-    return jnp.broadcast_to(parameter[None], (axis_size, *parameter.shape))
+
+
+def _of_all(size: int, parameter: Array | None) -> Array | None:
+    """The same parameter for every expert."""
+    if parameter is None:
+        return None
+    return jnp.broadcast_to(parameter[None], (size, *parameter.shape))

@@ -44,8 +44,9 @@ class MLPExpert(nn.Module):
     ) -> ExpertOutput:
         """Treats each token; `is_valid` and `position` are the contract's and unused."""
         del is_valid, position
-        hidden = Dense(self.hidden_dim, dtype=self.dtype, name="up")(x, rows)
-        hidden = nn.gelu(hidden, approximate=self.approximate_gelu)
+        gelu = "gelu_tanh" if self.approximate_gelu else "gelu"
+        up = Dense(self.hidden_dim, activation=gelu, dtype=self.dtype, name="up")
+        hidden = up(x, rows)
         hidden = nn.Dropout(self.dropout, deterministic=not is_training)(hidden)
         output = Dense(self.output_dim, dtype=self.dtype, name="down")(hidden, rows)
         confidence = ConfidenceHead(name="confidence")(hidden, rows)

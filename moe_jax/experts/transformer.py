@@ -15,6 +15,7 @@ from moe_jax.experts.base import (
     dot_general,
 )
 from moe_jax.experts.by_row import Rows
+from moe_jax.ops.grouped import activate
 
 
 class TransformerExpert(nn.Module):
@@ -59,9 +60,9 @@ class TransformerExpert(nn.Module):
         self.attention_norm = LayerNorm(dtype=self.dtype)
         self.attention = SelfAttention(self.num_heads, causal=self.causal, dtype=self.dtype)
         self.feed_forward_norm = LayerNorm(dtype=self.dtype)
-        self.feed_forward_up = dense(4 * self.hidden_dim)
+        self.feed_forward_up = dense(4 * self.hidden_dim, activation=self._activation)
         self.feed_forward_down = dense(self.hidden_dim)
-        self.decoder_hidden = dense(self.hidden_dim)
+        self.decoder_hidden = dense(self.hidden_dim, activation=self._activation)
         self.decoder_out = dense(self.output_dim)
         self.confidence = ConfidenceHead()
         self.drop = nn.Dropout(self.dropout)
@@ -93,21 +94,24 @@ class TransformerExpert(nn.Module):
         mixed = self.attention(self.attention_norm(hidden, rows), is_valid, position, rows)
         hidden = hidden + self.drop(mixed, deterministic=off)
         inner = self.feed_forward_up(self.feed_forward_norm(hidden, rows), rows)
-        inner = self.drop(self._gelu(inner), deterministic=off)
-        inner = self.feed_forward_down(inner, rows)
+        inner = self.feed_forward_down(self.drop(inner, deterministic=off), rows)
         return hidden + self.drop(inner, deterministic=off)
 
     def decode(
         self, hidden: Float[Array, "*B C H"], is_training: bool = False, rows: Rows | None = None
     ) -> ExpertOutput:
         """Decoder and confidence head."""
-        inner = self._gelu(self.decoder_hidden(hidden, rows))
+        inner = self.decoder_hidden(hidden, rows)
         inner = self.drop(inner, deterministic=not is_training)
         output = self.decoder_out(inner, rows)
         return ExpertOutput(output=output, confidence=self.confidence(hidden, rows))
 
+    @property
+    def _activation(self) -> str:
+        return "gelu_tanh" if self.approximate_gelu else "gelu"
+
     def _gelu(self, x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
-        return nn.gelu(x, approximate=self.approximate_gelu)
+        return activate(x, self._activation)
 
 
 class SpecializedExpert(TransformerExpert):

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from random_variables import random_variables
 
-from moe_jax.experts import EXPERTS, ExpertBank, SpecializedExpert
+from moe_jax.experts import EXPERTS, ExpertBank, Rows, SpecializedExpert
+from moe_jax.experts.by_row import linear
+from moe_jax.ops.grouped import is_row, make_groups
 
 E, B, C, D, H, O = 3, 2, 8, 6, 8, 4  # noqa: E741
 ATTENTIVE = ["transformer", "specialized"]
@@ -156,6 +158,53 @@ def test_a_bank_equals_a_loop_over_single_experts(kind):
         alone = run({"params": own}, *(a[e] for a in bank))
         np.testing.assert_allclose(out.output[e], alone.output, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(out.confidence[e], alone.confidence, rtol=1e-5)
+
+
+def some_rows():
+    """Two tokens for each expert but the last, which has none, as rows and as buffers."""
+    groups = make_groups(jnp.array([2, 2, 0]), 4)
+    rows = Rows(groups, sequence=jnp.zeros(groups.num_rows, jnp.int32))
+    x = jax.random.normal(jax.random.key(0), (groups.num_rows, D))
+    return rows, jnp.where(is_row(groups)[:, None], x, 0)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "mlp", "swiglu"])
+def test_rows_equal_buffers(kind):
+    rows, x = some_rows()
+    variables, is_own = bank_variables(kind), is_row(rows.groups)
+    position = jnp.zeros(x.shape[0], jnp.int32)
+    bank = ExpertBank(make(kind), num_experts=E)
+    on_rows = jax.jit(bank.apply)(variables, x, is_own, position, rows=rows)
+    buffers = jnp.stack([x[s : s + C] for s in rows.groups.start]), jnp.arange(C) < 2
+    valid = jnp.broadcast_to(buffers[1], (E, C)) & (rows.groups.size > 0)[:, None]
+    in_buffers = compiled_bank(kind)(variables, buffers[0], valid, jnp.zeros((E, C), jnp.int32))
+    for e in range(2):
+        at = slice(int(rows.groups.start[e]), int(rows.groups.start[e]) + 2)
+        np.testing.assert_allclose(
+            on_rows.output[at], in_buffers.output[e, :2], rtol=1e-5, atol=1e-6
+        )
+        np.testing.assert_allclose(on_rows.confidence[at], in_buffers.confidence[e, :2], rtol=1e-5)
+
+
+def test_one_expert_alone_may_have_all_rows():
+    rows, x = some_rows()
+    own = jax.tree.map(lambda a: a[1], bank_variables("mlp")["params"]["expert"])
+    is_own, position = is_row(rows.groups), jnp.zeros(x.shape[0], jnp.int32)
+    run = jax.jit(make("mlp").apply)
+    found = run({"params": own}, x, is_own, position, rows=rows)
+    alone = run({"params": own}, x, is_own, position)
+    np.testing.assert_allclose(found.output[is_own], alone.output[is_own], rtol=1e-5, atol=1e-6)
+
+
+def test_what_does_not_fit_rows_is_refused():
+    rows, x = some_rows()
+    args = x, is_row(rows.groups), jnp.zeros(x.shape[0], jnp.int32)
+    with pytest.raises(ValueError, match="expert must take rows, which SpecializedExpert does not"):
+        ExpertBank(make("specialized"), E).init(jax.random.key(0), *args, rows=rows)
+    with pytest.raises(ValueError, match="num_experts=5 groups, got 3"):
+        ExpertBank(make("mlp"), 5).init(jax.random.key(0), *args, rows=rows)
+    with pytest.raises(ValueError, match="must be shared by all experts"):
+        jax.vmap(lambda x: linear(x, jnp.ones((D, 2)), None, rows.groups))(x[None])
 
 
 def test_experts_of_a_bank_start_apart():

@@ -1,5 +1,7 @@
 """Grouped matmuls: every implementation against a float64 loop, values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,30 @@ def test_rows_after_the_last_group_may_hold_anything(sizes):
     assert_close(found, slow(x, w, grad, sizes), jnp.float32)
     assert not np.any(found[0][sum(sizes) :])
     assert not np.any(found[1][sum(sizes) :])
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+def test_bias_and_activation(activation):
+    """The same values and gradients as by hand, one group after the other."""
+    x, w, grad = operands()
+    w, bias, sizes = w / 8, jax.random.normal(jax.random.key(1), (3, OUTER)), [100, 0, 70]
+
+    def by_hand(x, w, bias):
+        owner = np.repeat(np.arange(3), sizes)
+        out = jnp.einsum("ri,rij->rj", x[:170], w[owner], precision="highest") + bias[owner]
+        if activation:
+            out = jax.nn.gelu(out, approximate=activation == "gelu_tanh")
+        return jnp.pad(out, ((0, ROWS - 170), (0, 0)))
+
+    def fast(x, w, bias):
+        return grouped_matmul(x, w, jnp.array(sizes), bias=bias, activation=activation)
+
+    def with_gradients(run, grad):
+        out, back = jax.vjp(run, x, w, bias)
+        return out, *back(grad)
+
+    found, expected = (jax.jit(functools.partial(with_gradients, f))(grad) for f in (fast, by_hand))
+    assert_close(found, [np.asarray(a, np.float64) for a in expected], jnp.float32)
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -204,6 +230,8 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=message):
             grouped_matmul(*bad)
+    with pytest.raises(ValueError, match="activation must be one of"):
+        grouped_matmul(x, w, sizes, activation="relu")
     with pytest.raises(ValueError, match="implementation must be"):
         grouped_matmul(x, w, sizes, implementation="cuda")
     with pytest.raises(ValueError, match="wants an NVIDIA Hopper GPU"):

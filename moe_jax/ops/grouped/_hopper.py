@@ -16,7 +16,11 @@ from moe_jax._types import Array, Float
 from moe_jax.ops.grouped._hopper_kernels import ROWS, SLOTS, SWIZZLED, rows_kernel, sums_kernel
 from moe_jax.ops.grouped.groups import BLOCK, Groups
 
-__all__ = ["Tiling", "rows_by_matrices", "rows_by_rows", "takes", "tiling_for"]
+__all__ = ["ACTIVATIONS", "Tiling", "rows_by_matrices", "rows_by_rows", "takes", "tiling_for"]
+
+
+ACTIVATIONS = ("gelu_tanh",)
+"""What a kernel takes of its sums before it stores them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +127,7 @@ def rows_by_matrices(
         groups: of R rows.
         transpose: multiply by the transposes.
         bias: [E, J], added in float32 before anything is rounded.
-        activation: "gelu_tanh", taken in float32 before anything is rounded; None for none.
+        activation: of `ACTIVATIONS`, taken in float32 before anything is rounded; or None.
         tiling: how to cut the work; None for the usual.
         interpret: parameters of Pallas's interpreter, to run without a GPU.
 

@@ -8,6 +8,25 @@ import jax.numpy as jnp
 from moe_jax._types import Array, Float, Int
 from moe_jax.ops.grouped import _hopper, _portable
 from moe_jax.ops.grouped.groups import Groups, group_of_rows, is_row, make_groups
+from moe_jax.ops.grouped.values import row_sums, to_rows
+
+_ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def activate(x: Float[Array, "*B J"], activation: str | None) -> Float[Array, "*B J"]:
+    """Applies an activation by its name.
+
+    Args:
+        x: [..., J].
+        activation: "gelu", "gelu_tanh", or None for none.
+
+    Returns:
+        [..., J].
+    """
+    return _ACTIVATIONS[activation](x) if activation else x
 
 
 def grouped_matmul(
@@ -15,9 +34,11 @@ def grouped_matmul(
     w: Float[Array, "_ _ J"],
     groups: Groups | Int[Array, "_"],
     *,
+    bias: Float[Array, "_ J"] | None = None,
+    activation: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "R J"]:
-    """Multiplies the rows of group e by w[e]; differentiable in `x` and `w`.
+    """Multiplies the rows of group e by w[e]; differentiable in `x`, `w` and `bias`.
 
     With `Groups` the rows are laid out as `make_groups` says, and are used where they lie. What
     padding holds must be finite, and what comes out there must not be used. With sizes alone the
@@ -31,6 +52,8 @@ def grouped_matmul(
         w: [E, I, J] of the same dtype, a matrix for each group.
         groups: the layout of the R rows, or the sizes [E] int32 of consecutive groups, whose sum
             is at most R.
+        bias: [E, J], one for each group, added to the products; None for none.
+        activation: "gelu" or "gelu_tanh", taken of the sums; None for none.
         implementation: "xla", everywhere, which None stands for; "mosaic", kernels for NVIDIA
             Hopper (16-bit, I and J multiples of 128, jax 0.11), which wait for a measurement
             to become the default there.
@@ -48,6 +71,8 @@ def grouped_matmul(
         [2.0, 4.0, 4.0, 0.0]
     """
     _check(x, w, groups)
+    if activation not in (None, *_ACTIVATIONS):
+        raise ValueError(f"activation must be one of {list(_ACTIVATIONS)}, got {activation!r}")
     implementation = implementation or "xla"
     if implementation not in ("xla", "mosaic"):
         raise ValueError(f'implementation must be "xla", "mosaic" or None, got {implementation!r}')
@@ -57,11 +82,11 @@ def grouped_matmul(
             f"widths that 128 divides, got {x.dtype}, w {w.shape} and {jax.default_backend()}"
         )
     if isinstance(groups, Groups):
-        return _matmul(x, w, groups, implementation)
+        return _linear(x, w, bias, groups, implementation, activation)
     layout = make_groups(groups, x.shape[0])
     laid_out, back = _places(groups, layout, x.shape[0])
     rows = x.at[laid_out].get(mode="fill", fill_value=0, unique_indices=True)
-    out = _matmul(rows, w, layout, implementation)
+    out = _linear(rows, w, bias, layout, implementation, activation)
     return out.at[back].get(mode="fill", fill_value=0, unique_indices=True)
 
 
@@ -93,26 +118,40 @@ def _places(
     return come_from, row + shift
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _matmul(
-    x: Float[Array, "R I"], w: Float[Array, "E I J"], groups: Groups, implementation: str
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _linear(
+    x: Float[Array, "R I"],
+    w: Float[Array, "E I J"],
+    bias: Float[Array, "E J"] | None,
+    groups: Groups,
+    implementation: str,
+    activation: str | None,
 ) -> Float[Array, "R J"]:
     if implementation == "mosaic":
-        return _hopper.rows_by_matrices(x, w, groups)
-    return _portable.rows_by_matrices(x, w, groups)
+        fused = activation if activation in _hopper.ACTIVATIONS else None
+        out = _hopper.rows_by_matrices(x, w, groups, bias=bias, activation=fused)
+        return activate(out, None if fused else activation)
+    out = _portable.rows_by_matrices(x, w, groups)
+    if bias is not None:
+        out = out + to_rows(bias, groups)
+    return activate(out, activation)
 
 
-def _matmul_fwd(x, w, groups, implementation):
-    return _matmul(x, w, groups, implementation), (x, w, groups)
+def _linear_fwd(x, w, bias, groups, implementation, activation):
+    sums = _linear(x, w, bias, groups, implementation, None)
+    return activate(sums, activation), (x, w, bias, groups, sums if activation else None)
 
 
-def _matmul_bwd(implementation, residuals, grad):
-    x, w, groups = residuals
+def _linear_bwd(implementation, activation, residuals, grad):
+    x, w, bias, groups, sums = residuals
+    if activation:
+        grad = jax.vjp(lambda sums: activate(sums, activation), sums)[1](grad)[0]
+    grad_bias = None if bias is None else row_sums(grad, groups).astype(bias.dtype)
     if implementation == "mosaic":
         grad_x = _hopper.rows_by_matrices(grad, w, groups, transpose=True)
-        return grad_x, _hopper.rows_by_rows(x, grad, groups), None
+        return grad_x, _hopper.rows_by_rows(x, grad, groups), grad_bias, None
     grad_x = _portable.rows_by_matrices(grad, jnp.swapaxes(w, 1, 2), groups)
-    return grad_x, _portable.rows_by_rows(x, grad, groups), None
+    return grad_x, _portable.rows_by_rows(x, grad, groups), grad_bias, None
 
 
-_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+_linear.defvjp(_linear_fwd, _linear_bwd)

@@ -30,18 +30,36 @@ def to_rows(values: Float[Array, "E *J"], groups: Groups) -> Float[Array, "R *J"
     return values.at[group_of_rows(groups)].get(mode="clip")
 
 
+def row_sums(x: Float[Array, "R *J"], groups: Groups) -> Float[Array, "E *J"]:
+    """Sums each group's rows in float32, in a fixed order; padding must hold zeros.
+
+    Args:
+        x: [R, ...].
+        groups: the layout of R rows.
+
+    Returns:
+        float32 [E, ...].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from moe_jax.ops.grouped import is_row, make_groups
+        >>> groups = make_groups(jnp.array([2, 1]), 3)
+        >>> row_sums(is_row(groups).astype(jnp.float32), groups).tolist()
+        [2.0, 1.0]
+    """
+    by_block = jnp.sum(x.reshape(-1, BLOCK, *x.shape[1:]), axis=1, dtype=jnp.float32)
+    member = groups.block_group[None] == jnp.arange(groups.num_groups)[:, None]
+    member = member.astype(jnp.float32)
+    return jnp.tensordot(member, by_block, axes=1, precision=jax.lax.Precision.HIGHEST)
+
+
 def _to_rows_fwd(values, groups):
     return to_rows(values, groups), (groups, values[:0])
 
 
 def _to_rows_bwd(residuals, grad):
     groups, like = residuals
-    by_block = grad.reshape(-1, BLOCK, *grad.shape[1:]).sum(axis=1, dtype=jnp.float32)
-    member = groups.block_group[None] == jnp.arange(groups.num_groups)[:, None]
-    sums = jnp.tensordot(
-        member.astype(jnp.float32), by_block, axes=1, precision=jax.lax.Precision.HIGHEST
-    )
-    return sums.astype(like.dtype), None
+    return row_sums(grad, groups).astype(like.dtype), None
 
 
 to_rows.defvjp(_to_rows_fwd, _to_rows_bwd)
