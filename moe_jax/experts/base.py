@@ -44,7 +44,7 @@ class Dense(nn.Module):
     Attributes:
         features: width of the result.
         use_bias: add a bias.
-        activation: of the sums: "gelu", "gelu_tanh", or None.
+        activation: of the sums: "gelu", "gelu_tanh", "swiglu" (half as wide), or None.
         dtype: of the arithmetic; parameters are float32.
         dot_general: multiplies buffers.
     """

@@ -36,7 +36,7 @@ def linear(
     bias: Float[Array, "J"] | None,
     groups: Groups,
     activation: str | None = None,
-) -> Float[Array, "R J"]:
+) -> Float[Array, "R _"]:
     """Every row times its own expert's matrix, plus its bias.
 
     Args:
@@ -47,7 +47,7 @@ def linear(
         activation: of the sums, as `moe_jax.ops.grouped.grouped_matmul` takes it.
 
     Returns:
-        [R, J].
+        [R, J], or [R, J / 2] for "swiglu".
     """
 
     def of_all(x: Array, kernel: Array, bias: Array | None, groups: Groups) -> Array:

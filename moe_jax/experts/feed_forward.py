@@ -1,7 +1,6 @@
 """Experts that treat each token by itself: MLP and SwiGLU."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Dtype, Float, Int
@@ -88,12 +87,10 @@ class SwiGLUExpert(nn.Module):
     ) -> ExpertOutput:
         """Treats each token; `is_valid` and `position` are the contract's and unused."""
         del is_valid, position
-        fused = Dense(2 * self.hidden_dim, use_bias=False, dtype=self.dtype, name="gate_up")(
-            x, rows
-        )
-        gate, up = jnp.split(fused, 2, axis=-1)
-        hidden = jax.nn.silu(gate) * up
+        how = {"use_bias": False, "dtype": self.dtype}
+        gate_up = Dense(2 * self.hidden_dim, activation="swiglu", name="gate_up", **how)
+        hidden = gate_up(x, rows)
         hidden = nn.Dropout(self.dropout, deterministic=not is_training)(hidden)
-        output = Dense(self.output_dim, use_bias=False, dtype=self.dtype, name="down")(hidden, rows)
+        output = Dense(self.output_dim, name="down", **how)(hidden, rows)
         confidence = ConfidenceHead(name="confidence")(hidden, rows)
         return ExpertOutput(output=output, confidence=confidence)

@@ -78,7 +78,7 @@ def test_rows_after_the_last_group_may_hold_anything(sizes):
     assert not np.any(found[1][sum(sizes) :])
 
 
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "swiglu"])
 def test_bias_and_activation(activation):
     """The same values and gradients as by hand, one group after the other."""
     x, w, grad = operands()
@@ -87,7 +87,9 @@ def test_bias_and_activation(activation):
     def by_hand(x, w, bias):
         owner = np.repeat(np.arange(3), sizes)
         out = jnp.einsum("ri,rij->rj", x[:170], w[owner], precision="highest") + bias[owner]
-        if activation:
+        if activation == "swiglu":
+            out = jax.nn.silu(out[:, : OUTER // 2]) * out[:, OUTER // 2 :]
+        elif activation:
             out = jax.nn.gelu(out, approximate=activation == "gelu_tanh")
         return jnp.pad(out, ((0, ROWS - 170), (0, 0)))
 
@@ -96,7 +98,7 @@ def test_bias_and_activation(activation):
 
     def with_gradients(run, grad):
         out, back = jax.vjp(run, x, w, bias)
-        return out, *back(grad)
+        return out, *back(grad[:, : out.shape[1]])
 
     found, expected = (jax.jit(functools.partial(with_gradients, f))(grad) for f in (fast, by_hand))
     assert_close(found, [np.asarray(a, np.float64) for a in expected], jnp.float32)
@@ -186,6 +188,18 @@ def test_hopper_kernels_add_a_bias_and_take_gelu_before_rounding(monkeypatch):
     assert_close([found], [np.asarray(expected)], jnp.bfloat16)
 
 
+def test_hopper_kernels_gate_before_rounding(monkeypatch):
+    monkeypatch.setattr(_hopper, "_num_programs", lambda: 2)
+    sizes, (x, w, _) = [70, 0, 5], operands(jnp.bfloat16)
+    groups, w, n = make_groups(jnp.array(sizes), 80), w / 8, sum(sizes)
+    row = np.flatnonzero(is_row(groups))
+    laid_out = jnp.zeros((groups.num_rows, INNER), x.dtype).at[row].set(x[:n])
+    how = {"activation": "swiglu", "interpret": interpreter()}
+    found = _hopper.rows_by_matrices(laid_out, w, groups, **how)[row]
+    gate, up = np.split(slow(x[:n], w, jnp.zeros((n, OUTER)), sizes)[0], 2, axis=1)
+    assert_close([found], [gate / (1 + np.exp(-gate)) * up], jnp.bfloat16)
+
+
 @NEWER
 @pytest.mark.parametrize("activation", [None, "gelu_tanh"])
 def test_hopper_kernels_with_a_bias_lower(activation):
@@ -198,6 +212,17 @@ def test_hopper_kernels_with_a_bias_lower(activation):
 
     traced = jax.jit(run).trace(*arrays, shape((8,), jnp.int32))
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_hopper_kernels_with_gates_lower():
+    num_rows, shape = padded_rows(4096, 8), jax.ShapeDtypeStruct
+    x, w = (shape(s, jnp.bfloat16) for s in ((num_rows, 512), (8, 512, 1536)))
+
+    def run(x, w, size):
+        return _hopper.rows_by_matrices(x, w, make_groups(size, 4096), activation="swiglu")
+
+    lowered = jax.jit(run).trace(x, w, shape((8,), jnp.int32)).lower(lowering_platforms=("cuda",))
+    assert lowered.out_info.shape == (num_rows, 768)
 
 
 @pytest.mark.parametrize("leg", LEGS)

@@ -19,7 +19,7 @@ from moe_jax.ops.grouped.groups import BLOCK, Groups
 __all__ = ["ACTIVATIONS", "Tiling", "rows_by_matrices", "rows_by_rows", "takes", "tiling_for"]
 
 
-ACTIVATIONS = ("gelu_tanh",)
+ACTIVATIONS = ("gelu_tanh", "swiglu")
 """What a kernel takes of its sums before it stores them."""
 
 
@@ -118,8 +118,8 @@ def rows_by_matrices(
     activation: str | None = None,
     tiling: Tiling | None = None,
     interpret: Any = None,
-) -> Float[Array, "R J"]:
-    """Row r of group e times w[e], or times its transpose; zero after the last group.
+) -> Float[Array, "R _"]:
+    """Row r of group e times w[e], or times its transpose; after the last group nothing of use.
 
     Args:
         x: [R, I], 16-bit.
@@ -127,21 +127,24 @@ def rows_by_matrices(
         groups: of R rows.
         transpose: multiply by the transposes.
         bias: [E, J], added in float32 before anything is rounded.
-        activation: of `ACTIVATIONS`, taken in float32 before anything is rounded; or None.
+        activation: of `ACTIVATIONS`, taken in float32 before anything is rounded, or None.
+            With "swiglu" w is [E, I, 2 * J], first the gates, and there is no bias.
         tiling: how to cut the work; None for the usual.
         interpret: parameters of Pallas's interpreter, to run without a GPU.
 
     Returns:
         [R, J].
     """
-    outer = w.shape[1] if transpose else w.shape[2]
-    tiling = tiling or tiling_for(outer, x.shape[1])
-    if tiling is None:
-        raise ValueError(f"w must have sizes that 64 divides, got {w.shape}")
+    width = w.shape[1] if transpose else w.shape[2]
+    is_gated, is_biased = activation == "swiglu", bias is not None
+    outer = width // 2 if is_gated else width
+    tiling = tiling or tiling_for(width, x.shape[1])
+    if tiling is None or (is_gated and (is_biased or transpose or outer % 128)):
+        raise ValueError(f"w must have sizes that 64 divides (128 if gated), got {w.shape}")
     kernel = functools.partial(
-        rows_kernel, tiling=tiling, inner=x.shape[1], outer=outer, num_groups=groups.num_groups
-    )
-    kernel = functools.partial(kernel, transpose=transpose, activation=activation)
+        rows_kernel, tiling=tiling, inner=x.shape[1], outer=outer, num_groups=groups.num_groups,
+        transpose=transpose, activation=activation, is_biased=is_biased,
+    )  # fmt: skip
     step = (tiling.columns, tiling.depth) if transpose else (tiling.depth, tiling.columns)
     rows = x.shape[0]
     if interpret:
@@ -150,10 +153,9 @@ def rows_by_matrices(
     out = jax.ShapeDtypeStruct((rows, outer), x.dtype)
     blocks = ((ROWS, tiling.depth), step)
     # An input that the kernel has no use for costs nothing, and spares a second signature.
-    is_biased = bias is not None
     bias = bias if is_biased else jnp.zeros((1, SWIZZLED), x.dtype)
-    kernel = functools.partial(kernel, is_biased=is_biased)
-    return _launch(kernel, out, blocks, tiling, interpret)(*row_tiles(groups), x, w, bias)
+    launch = _launch(kernel, out, blocks, tiling, interpret, num_copies=2 + is_gated)
+    return launch(*row_tiles(groups), x, w, bias)
 
 
 def rows_by_rows(
@@ -189,7 +191,9 @@ def rows_by_rows(
     return _launch(kernel, out, blocks, tiling, interpret)(groups.start, num_blocks, x, y)
 
 
-def _launch(kernel: Any, out: Any, blocks: tuple, tiling: Tiling, interpret: Any) -> Any:
+def _launch(
+    kernel: Any, out: Any, blocks: tuple, tiling: Tiling, interpret: Any, num_copies: int = 2
+) -> Any:
     """The kernel as a function of its inputs: one program per multiprocessor."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -208,7 +212,7 @@ def _launch(kernel: Any, out: Any, blocks: tuple, tiling: Tiling, interpret: Any
         scratch_types=[
             *(shared(tiling.stages, *block) for block in blocks),
             shared(2, SLOTS, BLOCK, SWIZZLED),
-            plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
+            plgpu.Barrier(num_arrivals=num_copies, num_barriers=tiling.stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
         ],
         compiler_params=plgpu.CompilerParams(

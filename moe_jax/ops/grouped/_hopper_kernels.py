@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -36,7 +37,10 @@ def rows_kernel(
 ):  # fmt: skip
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    columns, depth = tiling.columns, tiling.depth
+    # A tile of a gated result multiplies by its gates' columns and by those of what they gate.
+    is_gated = activation == "swiglu"
+    parts, depth = 1 + is_gated, tiling.depth
+    columns = tiling.columns // parts
     num_row_tiles = num_ref[0]
     shape = (num_row_tiles, outer // columns)
 
@@ -50,12 +54,14 @@ def rows_kernel(
         row_tile, column = tile(linear)
         group, start = group_ref[row_tile], pl.multiple_of(start_ref[row_tile], BLOCK)
         along = _span(step, depth)
-        across = _span(column, columns)
         plgpu.copy_gmem_to_smem(
             x_ref.at[pl.ds(start, ROWS), along], x_shared.at[ring], loaded.at[ring]
         )
-        at = (group, across, along) if transpose else (group, along, across)
-        plgpu.copy_gmem_to_smem(w_ref.at[at], w_shared.at[ring], loaded.at[ring])
+        for i in range(parts):
+            across = _span(i * (outer // columns) + column, columns)
+            at = (group, across, along) if transpose else (group, along, across)
+            own = (ring, slice(None), pl.ds(i * columns, columns)) if is_gated else (ring,)
+            plgpu.copy_gmem_to_smem(w_ref.at[at], w_shared.at[own], loaded.at[ring])
 
     def multiply(acc, ring, half):
         right = w_shared.at[ring]
@@ -73,7 +79,10 @@ def rows_kernel(
                 pl.ds(pl.multiple_of(at, SWIZZLED), SWIZZLED),
             ]
 
-        def finish(i, part):
+        def part(i):
+            part = _columns(acc, i)
+            if is_gated:
+                return part * jax.nn.sigmoid(part) * _columns(acc, i + columns // SWIZZLED)
             if is_biased:
                 group = jnp.minimum(group_ref[row_tile], num_groups - 1)
                 at = pl.multiple_of(column * columns + i * SWIZZLED, SWIZZLED)
@@ -85,7 +94,7 @@ def rows_kernel(
 
         @pl.when(rows_ref[row_tile] > half * BLOCK)
         def _():
-            _store(acc, staged, to, half, finish)
+            _store(columns // SWIZZLED, part, staged, to, half)
 
     _work(
         shape[0] * shape[1],
@@ -136,7 +145,7 @@ def sums_kernel(
                 pl.ds(pl.multiple_of(at, SWIZZLED), SWIZZLED),
             ]
 
-        _store(acc, staged, to, half)
+        _store(columns // SWIZZLED, lambda i: _columns(acc, i), staged, to, half)
 
     _work(
         num_groups * num_tiles,
@@ -224,14 +233,18 @@ def _gelu_tanh(x):
     return 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
-def _store(acc, staged, to, half, finish=lambda i, part: part):
-    """Stores [64, columns] through shared memory, 64 columns at a time, two of them under way."""
+def _columns(acc, i):
+    """The i-th 64 columns."""
+    return acc[:, i * SWIZZLED : (i + 1) * SWIZZLED]
+
+
+def _store(count, part, staged, to, half):
+    """Stores `count` parts of [64, 64] through shared memory, two of them under way."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    for i in range(acc.shape[1] // SWIZZLED):
+    for i in range(count):
         slot = i % SLOTS
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-        part = acc[:, i * SWIZZLED : (i + 1) * SWIZZLED]
-        staged[half, slot] = finish(i, part).astype(staged.dtype)
+        staged[half, slot] = part(i).astype(staged.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged.at[half, slot], to(i))

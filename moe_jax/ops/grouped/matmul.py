@@ -10,21 +10,29 @@ from moe_jax.ops.grouped import _hopper, _portable
 from moe_jax.ops.grouped.groups import Groups, group_of_rows, is_row, make_groups
 from moe_jax.ops.grouped.values import row_sums, to_rows
 
+
+def _swiglu(x: Float[Array, "*B J"]) -> Float[Array, "*B H"]:
+    """silu(gate) * up, of which x holds first all gates (Shazeer 2020, equation 5)."""
+    gate, up = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
 _ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "swiglu": _swiglu,
 }
 
 
-def activate(x: Float[Array, "*B J"], activation: str | None) -> Float[Array, "*B J"]:
+def activate(x: Float[Array, "*B J"], activation: str | None) -> Float[Array, "*B _"]:
     """Applies an activation by its name.
 
     Args:
         x: [..., J].
-        activation: "gelu", "gelu_tanh", or None for none.
+        activation: "gelu", "gelu_tanh", "swiglu" (gates first), or None for none.
 
     Returns:
-        [..., J].
+        [..., J], or half as wide for "swiglu".
     """
     return _ACTIVATIONS[activation](x) if activation else x
 
@@ -37,7 +45,7 @@ def grouped_matmul(
     bias: Float[Array, "_ J"] | None = None,
     activation: str | None = None,
     implementation: str | None = None,
-) -> Float[Array, "R J"]:
+) -> Float[Array, "R _"]:
     """Multiplies the rows of group e by w[e]; differentiable in `x`, `w` and `bias`.
 
     With `Groups` the rows are laid out as `make_groups` says, and are used where they lie. What
@@ -53,13 +61,14 @@ def grouped_matmul(
         groups: the layout of the R rows, or the sizes [E] int32 of consecutive groups, whose sum
             is at most R.
         bias: [E, J], one for each group, added to the products; None for none.
-        activation: "gelu" or "gelu_tanh", taken of the sums; None for none.
+        activation: "gelu" or "gelu_tanh", taken of the sums; "swiglu", which takes the first half
+            of a row as gates of the other, silu(gate) * up; None for none.
         implementation: "xla", everywhere, which None stands for; "mosaic", kernels for NVIDIA
             Hopper (16-bit, I and J multiples of 128, jax 0.11), which wait for a measurement
             to become the default there.
 
     Returns:
-        [R, J] in the dtype of `x`.
+        [R, J] in the dtype of `x`, or [R, J / 2] for "swiglu".
 
     Raises:
         ValueError: shapes or dtypes do not fit, or "mosaic" is asked for and cannot run.
@@ -126,9 +135,10 @@ def _linear(
     groups: Groups,
     implementation: str,
     activation: str | None,
-) -> Float[Array, "R J"]:
+) -> Float[Array, "R _"]:
     if implementation == "mosaic":
         fused = activation if activation in _hopper.ACTIVATIONS else None
+        fused = None if fused == "swiglu" and bias is not None else fused
         out = _hopper.rows_by_matrices(x, w, groups, bias=bias, activation=fused)
         return activate(out, None if fused else activation)
     out = _portable.rows_by_matrices(x, w, groups)
