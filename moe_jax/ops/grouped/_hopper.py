@@ -145,7 +145,9 @@ def rows_by_matrices(
         rows_kernel, tiling=tiling, inner=x.shape[1], outer=outer, num_groups=groups.num_groups,
         transpose=transpose, activation=activation, is_biased=is_biased,
     )  # fmt: skip
-    step = (tiling.columns, tiling.depth) if transpose else (tiling.depth, tiling.columns)
+    parts = 1 + is_gated
+    columns = tiling.columns // parts
+    step = (parts, columns, tiling.depth) if transpose else (parts, tiling.depth, columns)
     rows = x.shape[0]
     if interpret:
         # A tile of one block reads 64 rows more, which the device fills with zeros.
@@ -154,7 +156,7 @@ def rows_by_matrices(
     blocks = ((ROWS, tiling.depth), step)
     # An input that the kernel has no use for costs nothing, and spares a second signature.
     bias = bias if is_biased else jnp.zeros((1, SWIZZLED), x.dtype)
-    launch = _launch(kernel, out, blocks, tiling, interpret, num_copies=2 + is_gated)
+    launch = _launch(kernel, out, blocks, tiling, interpret, num_copies=1 + parts)
     return launch(*row_tiles(groups), x, w, bias)
 
 

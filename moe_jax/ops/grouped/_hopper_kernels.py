@@ -60,15 +60,15 @@ def rows_kernel(
         for i in range(parts):
             across = _span(i * (outer // columns) + column, columns)
             at = (group, across, along) if transpose else (group, along, across)
-            own = (ring, slice(None), pl.ds(i * columns, columns)) if is_gated else (ring,)
-            plgpu.copy_gmem_to_smem(w_ref.at[at], w_shared.at[own], loaded.at[ring])
+            plgpu.copy_gmem_to_smem(w_ref.at[at], w_shared.at[ring, i], loaded.at[ring])
 
-    def multiply(acc, ring, half):
-        right = w_shared.at[ring]
-        right = right.transpose((1, 0)) if transpose else right
-        plgpu.wgmma(acc, x_shared.at[ring, _span(half, BLOCK)], right)
+    def multiply(accs, ring, half):
+        for i, acc in enumerate(accs):
+            right = w_shared.at[ring, i]
+            right = right.transpose((1, 0)) if transpose else right
+            plgpu.wgmma(acc, x_shared.at[ring, _span(half, BLOCK)], right)
 
-    def store(linear, acc, half):
+    def store(linear, accs, half):
         row_tile, column = tile(linear)
         first = start_ref[row_tile] + half * BLOCK
 
@@ -80,9 +80,9 @@ def rows_kernel(
             ]
 
         def part(i):
-            part = _columns(acc, i)
+            part = _columns(accs[0], i)
             if is_gated:
-                return part * jax.nn.sigmoid(part) * _columns(acc, i + columns // SWIZZLED)
+                return part * jax.nn.sigmoid(part) * _columns(accs[1], i)
             if is_biased:
                 group = jnp.minimum(group_ref[row_tile], num_groups - 1)
                 at = pl.multiple_of(column * columns + i * SWIZZLED, SWIZZLED)
@@ -99,7 +99,7 @@ def rows_kernel(
     _work(
         shape[0] * shape[1],
         lambda linear: num_steps(tile(linear)[0]),
-        load, multiply, store, tiling, loaded, consumed,
+        load, multiply, store, (columns,) * parts, tiling.stages, loaded, consumed,
     )  # fmt: skip
 
 
@@ -130,11 +130,11 @@ def sums_kernel(
             y_ref.at[rows, _span(column, columns)], y_shared.at[ring], loaded.at[ring]
         )
 
-    def multiply(acc, ring, half):
+    def multiply(accs, ring, half):
         left = x_shared.at[ring, :, _span(half, BLOCK)].transpose((1, 0))
-        plgpu.wgmma(acc, left, y_shared.at[ring])
+        plgpu.wgmma(accs[0], left, y_shared.at[ring])
 
-    def store(linear, acc, half):
+    def store(linear, accs, half):
         group, row, column = tile(linear)
 
         def to(i):
@@ -145,32 +145,32 @@ def sums_kernel(
                 pl.ds(pl.multiple_of(at, SWIZZLED), SWIZZLED),
             ]
 
-        _store(columns // SWIZZLED, lambda i: _columns(acc, i), staged, to, half)
+        _store(columns // SWIZZLED, lambda i: _columns(accs[0], i), staged, to, half)
 
     _work(
         num_groups * num_tiles,
         lambda linear: blocks_ref[tile(linear)[0]],
-        load, multiply, store, tiling, loaded, consumed,
+        load, multiply, store, (columns,), tiling.stages, loaded, consumed,
     )  # fmt: skip
 
 
-def _work(num_tiles, num_steps, load, multiply, store, tiling, loaded, consumed):
+def _work(num_tiles, num_steps, load, multiply, store, widths, stages, loaded, consumed):
     """Runs all tiles: loader and multipliers meet at the ring's barriers, step after step.
 
     Args:
         num_tiles: of all programs together; program p takes tiles p, p + programs, and so on.
         num_steps: tile -> steps of its contraction, which may be none.
-        load: (tile, step, place in the ring), starts both copies.
-        multiply: (accumulator, place in the ring, half), starts one product.
-        store: (tile, result, half).
-        tiling: for the columns of the accumulator and the length of the ring.
-        loaded: barriers, one per place, on which both copies arrive.
+        load: (tile, step, place in the ring), starts the copies.
+        multiply: (accumulators, place in the ring, half), starts a product for each.
+        store: (tile, results, half).
+        widths: columns of each accumulator.
+        stages: length of the ring.
+        loaded: barriers, one per place, on which the copies arrive.
         consumed: barriers, one per place, on which both multipliers arrive.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     warpgroup = lax.axis_index("warpgroup")
-    stages = tiling.stages
 
     @pl.when(warpgroup == _LOADER)
     def _():
@@ -198,13 +198,13 @@ def _work(num_tiles, num_steps, load, multiply, store, tiling, loaded, consumed)
         def _(tile, carry):
             steps = num_steps(tile.index[0])
 
-            def contract(acc):
+            def contract(*accs):
                 def one(step, done):
                     ring = lax.rem(done, jnp.int32(stages))
                     plgpu.barrier_wait(loaded.at[ring])
-                    multiply(acc, ring, warpgroup)
-                    # The product before this one has ended, and this one runs on.
-                    plgpu.wgmma_wait(1)
+                    multiply(accs, ring, warpgroup)
+                    # The products of the step before have ended, and this one's run on.
+                    plgpu.wgmma_wait(len(accs))
 
                     @pl.when(step > 0)
                     def _():
@@ -219,10 +219,10 @@ def _work(num_tiles, num_steps, load, multiply, store, tiling, loaded, consumed)
                 def _():
                     plgpu.barrier_arrive(consumed.at[lax.rem(done - 1, jnp.int32(stages))])
 
-                return acc[...], done
+                return *(acc[...] for acc in accs), done
 
-            acc, done = pl.run_scoped(contract, plgpu.ACC((BLOCK, tiling.columns)))
-            store(tile.index[0], acc, warpgroup)
+            *results, done = pl.run_scoped(contract, *(plgpu.ACC((BLOCK, n)) for n in widths))
+            store(tile.index[0], results, warpgroup)
             return done
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
