@@ -57,8 +57,14 @@ def with_training(config=CONFIG, **changes):
     return config.replace(training=config.training.replace(**changes))
 
 
-def test_step_is_traced_once_and_never_leaves_the_device(corpus):
-    model, state, step, batches = setup(CONFIG, corpus)
+def dropless(config):
+    moe = config.model.moe.replace(dispatch="dropless")
+    return config.replace(model=config.model.replace(moe=moe))
+
+
+@pytest.mark.parametrize("config", [CONFIG, dropless(ONE_LAYER)], ids=["capacity", "dropless"])
+def test_step_is_traced_once_and_never_leaves_the_device(corpus, config):
+    model, state, step, batches = setup(config, corpus)
     graph, key = create_graph(model), jax.random.key(1)
     inputs = [jax.device_put(batches[i]) for i in range(5)]
     step(*jax.tree.map(jnp.copy, (state, graph)), inputs[0], key)
