@@ -63,7 +63,7 @@ def search_cells(
         near-tie at the end of that choice may be lost; "keys" scores every probed node exactly,
         reads four times as much, and with all cells probed gives what `search` gives.
       reproducible: False is faster: on GPUs the cosines are as a float32 sum gives them.
-      implementation: "pallas", four kernels for NVIDIA GPUs that take codes, k up to 24, widths
+      implementation: "pallas", four kernels for NVIDIA GPUs that take codes, k up to 48, widths
         that 64 divides and filters that are the same for all queries; or "xla". By default the
         faster one that can take the call.
 

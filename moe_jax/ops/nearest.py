@@ -131,14 +131,15 @@ def nearest(
         found = pick(unit, keys, code, is_candidate, num_picked, num_picked)
         return best_of((found.ids, found.unseen), by_matmul)
 
-    can_code = code is not None and is_candidate.ndim == 1 and k <= _coded_gpu.MAX_K
-    can_code = can_code and _coded_gpu.is_supported(*keys.shape)
+    can_code = code is not None and is_candidate.ndim == 1
+    can_code = can_code and _coded_gpu.is_supported(*keys.shape, k)
     if implementation == "code":
         if not can_code:
             raise ValueError(
                 "implementation='code' needs code, an is_candidate of one axis, at least 128 keys,"
-                f" a width that 64 divides and k up to {_coded_gpu.MAX_K}, got keys {keys.shape} "
-                f"and k={k}"
+                f" a width that 64 divides and k up to {_coded_gpu.MAX_K} (or less than "
+                f"{_coded_gpu.LARGE_K} for more than {_coded_gpu.MANY_ROWS} keys), got keys "
+                f"{keys.shape} and k={k}"
             )
         return by_code(interpret=jax.default_backend() != "gpu")
     if implementation not in (None, "matmul"):
