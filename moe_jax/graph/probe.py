@@ -76,7 +76,7 @@ def search_cells(
         graph.
 
     Example:
-      >>> graph, _ = insert(KnowledgeGraph.create(16, 2), jnp.eye(2))
+      >>> graph, _ = insert(KnowledgeGraph.create(4, 2), jnp.eye(2))
       >>> cells = build_cells(graph, 2, key=jax.random.key(0))
       >>> search_cells(graph, cells, jnp.array([[2.0, 1.0]]), k=1, probes=1).ids.tolist()
       [[0]]

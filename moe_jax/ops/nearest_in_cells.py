@@ -84,7 +84,8 @@ def nearest_in_cells(
       >>> keys = jnp.eye(2)
       >>> lists = Lists(keys, jnp.array([[0], [1]]), jnp.array([2]))
       >>> candidates = jnp.ones(2, bool)
-      >>> nearest_in_cells(keys[1:], keys, encode(keys), candidates, lists, 1, 1).ids.tolist()
+      >>> find = jax.jit(nearest_in_cells, static_argnames=("k", "probes"))
+      >>> find(keys[1:], keys, encode(keys), candidates, lists, k=1, probes=1).ids.tolist()
       [[1]]
     """
     num_keys = keys.shape[0]
