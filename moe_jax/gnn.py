@@ -30,7 +30,7 @@ class SAGELayer(nn.Module):
     Example:
       >>> graph = KnowledgeGraph.create(8, 4)
       >>> layer = SAGELayer(features=6)
-      >>> out, _ = layer.init_with_output(jax.random.key(0), graph.value, graph)
+      >>> out, _ = jax.jit(layer.init_with_output)(jax.random.key(0), graph.value, graph)
       >>> out.shape
       (8, 6)
     """
@@ -86,7 +86,7 @@ class GATLayer(nn.Module):
     Example:
       >>> graph = KnowledgeGraph.create(8, 4)
       >>> layer = GATLayer(features=6, num_heads=2)
-      >>> out, _ = layer.init_with_output(jax.random.key(0), graph.value, graph)
+      >>> out, _ = jax.jit(layer.init_with_output)(jax.random.key(0), graph.value, graph)
       >>> out.shape
       (8, 6)
     """
@@ -158,7 +158,8 @@ class GraphEncoder(nn.Module):
 
     Example:
       >>> graph = KnowledgeGraph.create(8, 4)
-      >>> out, _ = GraphEncoder(features=16).init_with_output(jax.random.key(0), graph)
+      >>> init = jax.jit(GraphEncoder(features=16).init_with_output)
+      >>> out, _ = init(jax.random.key(0), graph)
       >>> bool((out == graph.value).all())
       True
     """

@@ -60,7 +60,7 @@ class Librarian(nn.Module):
         ...     sequence=jnp.zeros(3, int), positions=jnp.zeros((3, 1), int),
         ...     source=jnp.zeros((3, 2), int), is_valid=jnp.ones(3, bool),
         ... )
-        >>> proposals, _ = Librarian().init_with_output(jax.random.key(0), reports)
+        >>> proposals, _ = jax.jit(Librarian().init_with_output)(jax.random.key(0), reports)
         >>> proposals.is_kept
         Array([False,  True,  True], dtype=bool)
     """

@@ -129,7 +129,8 @@ class NgramEmbedding(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> ngrams = NgramEmbedding(width=8, sizes=(2, 3), rows=64, dim=4)
-        >>> ngrams.init_with_output(jax.random.key(0), jnp.zeros((1, 5), int))[0].shape
+        >>> init = jax.jit(ngrams.init_with_output)
+        >>> init(jax.random.key(0), jnp.zeros((1, 5), int))[0].shape
         (1, 5, 8)
     """
 
@@ -216,8 +217,8 @@ class CausalAttention(nn.Module):
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> attention = CausalAttention(num_heads=2)
-        >>> attention.init_with_output(jax.random.key(0), jnp.ones((1, 5, 8)))[0].shape
+        >>> init = jax.jit(CausalAttention(num_heads=2).init_with_output)
+        >>> init(jax.random.key(0), jnp.ones((1, 5, 8)))[0].shape
         (1, 5, 8)
     """
 

@@ -46,7 +46,7 @@ class Supervisor(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> supervisor = Supervisor(num_experts=4, top_k=2, num_heads=2)
         >>> x, embeddings = jnp.ones((1, 3, 8)), jnp.ones((4, 8))
-        >>> out, _ = supervisor.init_with_output(jax.random.key(0), x, embeddings)
+        >>> out, _ = jax.jit(supervisor.init_with_output)(jax.random.key(0), x, embeddings)
         >>> out.choices.expert.shape
         (1, 3, 2)
     """

@@ -54,12 +54,12 @@ class GraphCheckpoints:
     Example:
         >>> import tempfile, jax.numpy as jnp
         >>> from moe_jax.graph import insert
-        >>> graph, _ = insert(KnowledgeGraph.create(8, 2), jnp.eye(2))
+        >>> graph, _ = insert(KnowledgeGraph.create(4, 2), jnp.eye(2))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     rolling = GraphCheckpoints(folder, interval=2)
         ...     saved = rolling.maybe_save(graph), rolling.maybe_save(graph)
         ...     rolling.close()
-        ...     back = GraphCheckpoints(folder).restore(KnowledgeGraph.create(8, 2))
+        ...     back = GraphCheckpoints(folder).restore(KnowledgeGraph.create(4, 2))
         >>> saved, int(back.num_live)
         ((True, False), 2)
     """

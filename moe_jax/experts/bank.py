@@ -28,7 +28,8 @@ class ExpertBank(nn.Module):
         >>> bank = ExpertBank(MLPExpert(16, 4), num_experts=3)
         >>> x, valid = jnp.ones((3, 2, 8, 4)), jnp.ones((3, 2, 8), bool)
         >>> position = jnp.zeros((3, 2, 8), int)
-        >>> bank.init_with_output(jax.random.key(0), x, valid, position)[0].output.shape
+        >>> out, _ = jax.jit(bank.init_with_output)(jax.random.key(0), x, valid, position)
+        >>> out.output.shape
         (3, 2, 8, 4)
     """
 

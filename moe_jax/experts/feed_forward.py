@@ -21,7 +21,8 @@ class MLPExpert(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> x, valid = jnp.ones((8, 4)), jnp.ones(8, bool)
-        >>> out, _ = MLPExpert(16, 4).init_with_output(jax.random.key(0), x, valid, jnp.arange(8))
+        >>> init = jax.jit(MLPExpert(16, 4).init_with_output)
+        >>> out, _ = init(jax.random.key(0), x, valid, jnp.arange(8))
         >>> out.output.shape, out.confidence.shape
         ((8, 4), (8,))
     """
@@ -64,9 +65,8 @@ class SwiGLUExpert(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> x, valid = jnp.ones((8, 4)), jnp.ones(8, bool)
-        >>> out, _ = SwiGLUExpert(16, 4).init_with_output(
-        ...     jax.random.key(0), x, valid, jnp.arange(8)
-        ... )
+        >>> init = jax.jit(SwiGLUExpert(16, 4).init_with_output)
+        >>> out, _ = init(jax.random.key(0), x, valid, jnp.arange(8))
         >>> out.output.shape
         (8, 4)
     """

@@ -37,9 +37,8 @@ class TransformerExpert(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> x, valid = jnp.ones((8, 4)), jnp.ones(8, bool)
-        >>> out, _ = TransformerExpert(16, 4, num_heads=2).init_with_output(
-        ...     jax.random.key(0), x, valid, jnp.arange(8)
-        ... )
+        >>> init = jax.jit(TransformerExpert(16, 4, num_heads=2).init_with_output)
+        >>> out, _ = init(jax.random.key(0), x, valid, jnp.arange(8))
         >>> out.output.shape
         (8, 4)
     """
@@ -127,9 +126,8 @@ class SpecializedExpert(TransformerExpert):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> x, valid = jnp.ones((8, 4)), jnp.ones(8, bool)
-        >>> out, _ = SpecializedExpert(16, 4, num_heads=2).init_with_output(
-        ...     jax.random.key(0), x, valid, jnp.arange(8)
-        ... )
+        >>> init = jax.jit(SpecializedExpert(16, 4, num_heads=2).init_with_output)
+        >>> out, _ = init(jax.random.key(0), x, valid, jnp.arange(8))
         >>> out.output.shape
         (8, 4)
     """

@@ -37,10 +37,10 @@ class Cells(NamedTuple):
         a node in neither.
 
     Example:
-      >>> graph, info = insert(KnowledgeGraph.create(16, 4), jnp.eye(4))
+      >>> graph, info = insert(KnowledgeGraph.create(4, 3), jnp.eye(3))
       >>> cells = build_cells(graph, 2, key=jax.random.key(0))
       >>> cells.members.shape, int(jnp.sum(cells.counts)), int(num_missing(graph, cells))
-      ((2, 16), 4, 0)
+      ((2, 8), 3, 0)
     """
 
     centroids: Float[Array, "L D"]
@@ -160,12 +160,12 @@ def update_cells(graph: KnowledgeGraph, cells: Cells, node_id: ArrayLike) -> Cel
       ValueError: if node_id is not a list of integers, or the cells are of another size of graph.
 
     Example:
-      >>> graph = KnowledgeGraph.create(16, 4)
+      >>> graph = KnowledgeGraph.create(4, 3)
       >>> cells = build_cells(graph, 2, key=jax.random.key(0))
-      >>> graph, info = insert(graph, jnp.eye(4))
+      >>> graph, info = insert(graph, jnp.eye(3))
       >>> cells = update_cells(graph, cells, info.node_id)
       >>> cells.overflow[:5].tolist()  # there was nothing to make cells of
-      [0, 1, 2, 3, 16]
+      [0, 1, 2, 4, 4]
     """
     check_cells(graph, cells)
     nodes, nowhere, inside = graph.num_nodes, cells.num_places, cells.num_inside

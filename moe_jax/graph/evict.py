@@ -114,11 +114,11 @@ def compact(graph: KnowledgeGraph) -> tuple[KnowledgeGraph, Int[Array, "N"]]:
       The graph after, and the new id of each old one, N for slots that were free (int32 [N]).
 
     Example:
-      >>> graph, _ = insert(KnowledgeGraph.create(3, 2), jnp.array([[1.0, 0.0], [0.0, 1.0]]))
+      >>> graph, _ = insert(KnowledgeGraph.create(4, 2), jnp.eye(2))
       >>> graph, _ = delete(graph, node_id=0)
       >>> graph, new_id = compact(graph)
       >>> graph.is_live.tolist(), new_id.tolist()
-      ([True, False, False], [3, 0, 3])
+      ([True, False, False, False], [4, 0, 4, 4])
     """
     nowhere = graph.num_nodes
     # Free slots may hold anything in their values; what moves is as `create` made it.

@@ -99,11 +99,11 @@ def local_pagerank(
       ValueError: if an argument has the wrong shape or a number is out of range.
 
     Example:
-      >>> graph, _ = insert(KnowledgeGraph.create(100, 2), jnp.eye(2))
+      >>> graph, _ = insert(KnowledgeGraph.create(4, 2), jnp.eye(2))
       >>> graph, _ = link(graph, jnp.array([0]), jnp.array([1]), weight=1.0)
       >>> found = local_pagerank(graph, (jnp.array([[0]]), jnp.array([[1.0]])), max_nodes=3)
       >>> found.ids.tolist(), [round(float(x), 3) for x in found.rank[0]]
-      ([[0, 1, 100]], [0.541, 0.459, 0.0])
+      ([[0, 1, 4]], [0.541, 0.459, 0.0])
     """
     steps = num_steps(damping, tol, max_iterations)
     seeds, weight = seeds_of(personalization)

@@ -128,11 +128,11 @@ def walk(
       float32 [Q, N].
 
     Example:
-      >>> graph, _ = insert(KnowledgeGraph.create(2, 2), jnp.eye(2))
+      >>> graph, _ = insert(KnowledgeGraph.create(4, 2), jnp.eye(2))
       >>> graph, _ = link(graph, jnp.array([0]), jnp.array([1]), weight=1.0)
-      >>> start = jnp.array([[1.0, 0.0]])
+      >>> start = jnp.array([[1.0, 0.0, 0.0, 0.0]])
       >>> walk(incoming_edges(graph), start, damping=0.5, steps=1, counts_start=False).tolist()
-      [[0.0, 0.25]]
+      [[0.0, 0.25, 0.0, 0.0]]
     """
     edges, start = jax.lax.stop_gradient((edges, start))
     start = jnp.where(edges.is_live[None, :] & jnp.isfinite(start), start, 0.0)

@@ -63,7 +63,7 @@ def search_cells(
         near-tie at the end of that choice may be lost; "keys" scores every probed node exactly,
         reads four times as much, and with all cells probed gives what `search` gives.
       reproducible: False is faster: on GPUs the cosines are as a float32 sum gives them.
-      implementation: "pallas", four kernels for NVIDIA GPUs that take codes, k up to 24, widths
+      implementation: "pallas", four kernels for NVIDIA GPUs that take codes, k up to 48, widths
         that 64 divides and filters that are the same for all queries; or "xla". By default the
         faster one that can take the call.
 
@@ -76,7 +76,7 @@ def search_cells(
         graph.
 
     Example:
-      >>> graph, _ = insert(KnowledgeGraph.create(16, 2), jnp.eye(2))
+      >>> graph, _ = insert(KnowledgeGraph.create(4, 2), jnp.eye(2))
       >>> cells = build_cells(graph, 2, key=jax.random.key(0))
       >>> search_cells(graph, cells, jnp.array([[2.0, 1.0]]), k=1, probes=1).ids.tolist()
       [[0]]

@@ -13,7 +13,7 @@ from moe_jax.graph.local import check_places, local_walk, place_of
 from moe_jax.graph.pagerank import rounded, seed_weights, walk
 from moe_jax.graph.query import Hits, search
 from moe_jax.graph.state import KnowledgeGraph
-from moe_jax.ops.similarity import exact_cosine_pairs, normalize
+from moe_jax.ops.similarity import exact_cosine_at, normalize
 from moe_jax.ops.top_k import top_k
 
 __all__ = ["retrieve"]
@@ -147,8 +147,8 @@ def _retrieve(
     is_placed = place < received.shape[1]
     received = jnp.take_along_axis(received, jnp.where(is_placed, place, 0), axis=1)
     received = jnp.where(is_placed, received, 0.0)
-    chosen = jax.lax.stop_gradient(keys)[jnp.minimum(node, nowhere - 1)]
-    cosine = exact_cosine_pairs(jnp.broadcast_to(queries[:, None, :], chosen.shape), chosen)
+    keys = jax.lax.stop_gradient(keys)
+    cosine = exact_cosine_at(queries, keys, jnp.minimum(node, nowhere - 1))
     spread = received * (1.0 / jnp.maximum(most[:, :1], jnp.finfo(jnp.float32).tiny))
     mix = jnp.asarray(mix, jnp.float32)
     score = cosine + rounded(mix * (rounded(spread) - cosine))

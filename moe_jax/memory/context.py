@@ -49,8 +49,9 @@ class ContextVectors:
         >>> import jax, jax.numpy as jnp
         >>> vectors = ContextVectors(hidden_dim=4, signature_dim=32, lengths=(2,))
         >>> hidden = jax.random.normal(jax.random.key(0), (64, 8))
-        >>> projection = vectors.fit(hidden)
-        >>> vectors(projection, hidden.reshape(4, 16, 8), jnp.zeros((4, 16), int)).shape
+        >>> projection = jax.jit(vectors.fit)(hidden)
+        >>> hidden, tokens = hidden.reshape(4, 16, 8), jnp.zeros((4, 16), int)
+        >>> jax.jit(vectors)(projection, hidden, tokens).shape
         (4, 16, 36)
     """
 

@@ -150,7 +150,8 @@ class MemoryInterpolation(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> log_model = jnp.log(jnp.array([[0.25, 0.75]]))
         >>> hits = jnp.array([[0.9]]), jnp.array([[1]]), jnp.array([[True]])
-        >>> mixed, _ = MemoryInterpolation().init_with_output(jax.random.key(0), log_model, *hits)
+        >>> init = jax.jit(MemoryInterpolation().init_with_output)
+        >>> mixed, _ = init(jax.random.key(0), log_model, *hits)
         >>> float(jnp.exp(mixed[0, 1])) > 0.75
         True
     """

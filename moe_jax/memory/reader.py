@@ -64,9 +64,9 @@ class MemoryReader(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from moe_jax.graph import KnowledgeGraph
-        >>> reader = MemoryReader(num_heads=2, top_k=2)
+        >>> init = jax.jit(MemoryReader(num_heads=2, top_k=2).init_with_output)
         >>> graph, x = KnowledgeGraph.create(8, 4), jnp.ones((1, 3, 4))
-        >>> bool((reader.init_with_output(jax.random.key(0), x, graph)[0] == x).all())
+        >>> bool((init(jax.random.key(0), x, graph)[0] == x).all())
         True
     """
 

@@ -9,6 +9,7 @@ from moe_jax.ops.nearest_in_cells import Lists as Lists
 from moe_jax.ops.nearest_in_cells import nearest_in_cells as nearest_in_cells
 from moe_jax.ops.segment import group_sums as group_sums
 from moe_jax.ops.similarity import exact_cosine as exact_cosine
+from moe_jax.ops.similarity import exact_cosine_at as exact_cosine_at
 from moe_jax.ops.similarity import exact_cosine_pairs as exact_cosine_pairs
 from moe_jax.ops.similarity import limbs as limbs
 from moe_jax.ops.similarity import normalize as normalize

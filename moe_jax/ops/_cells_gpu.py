@@ -236,7 +236,7 @@ def _select_kernel(
     num_rows = key_ref.shape[0]
     chunks, _ = largest_chunks(bound_ref, query, num_picked)
     position = jax.lax.iota(jnp.int32, num_picked * rows_per_chunk)
-    own = chunk_of(position, chunks, rows_per_chunk)
+    own = chunk_of(position, 0, chunks, rows_per_chunk)
     at = own * rows_per_chunk + position % rows_per_chunk
     is_there = own < num_chunks
     score = plgpu.load(score_ref.at[query, at], mask=is_there, other=-jnp.inf)

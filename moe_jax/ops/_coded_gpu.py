@@ -34,25 +34,35 @@ from moe_jax.ops._kernel_parts import (
 )
 from moe_jax.ops.code import Code
 
-__all__ = ["MAX_K", "is_supported", "num_to_pick", "pick"]
+__all__ = ["LARGE_K", "MANY_ROWS", "MAX_K", "is_supported", "num_to_pick", "pick"]
 
-MAX_K = 24
+MAX_K = 48
 """The largest k that `pick` is meant for."""
+
+LARGE_K = 25
+"""From this k on, `pick` takes at most `MANY_ROWS` rows."""
+
+MANY_ROWS = 2**22
 
 _TILE = 128  # rows of codes that one program multiplies
 _GROUP = 512  # rows that the second kernel scores at a time, _STEP coordinates in one go
 _STEP = 128
 _MANY = 1024  # queries that fill a GPU with programs of four warps
+_IN_FOUR_WARPS = 4096  # rows whose bounds leave room in the registers of such a program
 
 
-def is_supported(num_rows: int, dim: int) -> bool:
-    """Whether `pick` can take such sizes: at least a tile of rows, and a width in whole steps."""
-    return num_rows >= _TILE and takes_width(dim)
+def is_supported(num_rows: int, dim: int, k: int) -> bool:
+    """Whether `pick` can take such sizes: at least a tile of rows, and a width in whole steps.
+
+    The bounds of all rows in the picked chunks have to fit a program's registers.
+    """
+    has_room = k < LARGE_K or (k <= MAX_K and num_rows <= MANY_ROWS)
+    return has_room and num_rows >= _TILE and takes_width(dim)
 
 
 def num_to_pick(k: int) -> int:
     """How many rows to score in full for the best k: some more, and a power of two."""
-    return 16 if k <= 11 else 32
+    return 16 if k <= 11 else 32 if k < LARGE_K else 64
 
 
 def pick(
@@ -88,10 +98,12 @@ def pick(
         bounds = jnp.pad(bounds, ((0, 0), (0, pad)), constant_values=-jnp.inf)
         bounds = jnp.max(bounds.reshape(bounds.shape[0], -1, joined), axis=2)
     kernel = functools.partial(_select_kernel, num_picked=num_picked, rows_per_chunk=rows_per_chunk)
+    is_small = num_picked <= 32 or num_picked * rows_per_chunk <= _IN_FOUR_WARPS
+    num_warps = 4 if queries.shape[0] >= _MANY and is_small else 8
     inputs = (bounds, queries, keys, table.code, table.scale, table.error, is_candidate)
     return launch(
         kernel, (queries.shape[0],), inputs, found_shapes(queries.shape[0], k),
-        num_warps=4 if queries.shape[0] >= _MANY else 8, num_stages=2, interpret=interpret,
+        num_warps=num_warps, num_stages=2, interpret=interpret,
     )  # fmt: skip
 
 
@@ -221,7 +233,7 @@ def _select_kernel(
 
     def score(g, found):
         position = g * group + jax.lax.iota(jnp.int32, group)
-        own = chunk_of(position, chunks, rows_per_chunk)
+        own = chunk_of(position, g * group, chunks, rows_per_chunk)
         row, counts = _row(own * rows_per_chunk + position % rows_per_chunk, num_rows)
         row = jnp.where(counts, row, 0)
         counts = counts & plgpu.load(counts_ref.at[row])

@@ -188,12 +188,26 @@ def largest_chunks(bound_ref, query: Array, count: int) -> tuple[Int[Array, "F"]
 
 
 def chunk_of(
-    position: Int[Array, "P"], chunks: Int[Array, "F"], rows_per_chunk: int
+    position: Int[Array, "P"], first: Array | int, chunks: Int[Array, "F"], rows_per_chunk: int
 ) -> Int[Array, "P"]:
-    """The chunk of each position, counted through some chunks end to end."""
+    """The chunk of each position, counted through some chunks end to end.
+
+    Args:
+      position: P in a row, from `first` on; P and `rows_per_chunk` are powers of two.
+      first: a multiple of P.
+      chunks: the chunks.
+      rows_per_chunk: positions in a chunk.
+    """
     slot = jax.lax.iota(jnp.int32, chunks.shape[0])
-    is_mine = (position // rows_per_chunk)[:, None] == slot[None, :]
-    return jnp.sum(jnp.where(is_mine, chunks[None, :], 0), axis=1)
+    if chunks.shape[0] <= 32:
+        is_mine = (position // rows_per_chunk)[:, None] == slot[None, :]
+        return jnp.sum(jnp.where(is_mine, chunks[None, :], 0), axis=1)
+    # Every position against every chunk would not fit the registers.
+    count = max(1, position.shape[0] // rows_per_chunk)
+    mine = first // rows_per_chunk + jax.lax.iota(jnp.int32, count)
+    is_mine = mine[:, None] == slot[None, :]
+    own = jnp.sum(jnp.where(is_mine, chunks[None, :], 0), axis=1)
+    return jnp.broadcast_to(own[:, None], (count, position.shape[0] // count)).reshape(-1)
 
 
 def largest(

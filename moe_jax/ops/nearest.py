@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops import _coded_gpu
 from moe_jax.ops.code import Code
-from moe_jax.ops.similarity import exact_cosine, exact_cosine_pairs, normalize
+from moe_jax.ops.similarity import exact_cosine, exact_cosine_at, normalize
 from moe_jax.ops.top_k import top_k
 
 __all__ = ["Hits", "nearest"]
@@ -116,7 +116,7 @@ def nearest(
     def by_matmul() -> Hits:
         if precision == "quick" and jax.default_backend() == "gpu":
             picked, _ = _pick_by_matmul(unit, keys, mask, k)
-            return hits(*_best_of_picked(unit, keys, picked, k, _cosine_pairs))
+            return hits(*_best_of_picked(unit, keys, picked, k, _cosine_at))
         if precision == "quick":
             scores, ids = top_k(_rough(unit, keys, mask), k)
             return hits(ids, scores)
@@ -131,14 +131,15 @@ def nearest(
         found = pick(unit, keys, code, is_candidate, num_picked, num_picked)
         return best_of((found.ids, found.unseen), by_matmul)
 
-    can_code = code is not None and is_candidate.ndim == 1 and k <= _coded_gpu.MAX_K
-    can_code = can_code and _coded_gpu.is_supported(*keys.shape)
+    can_code = code is not None and is_candidate.ndim == 1
+    can_code = can_code and _coded_gpu.is_supported(*keys.shape, k)
     if implementation == "code":
         if not can_code:
             raise ValueError(
                 "implementation='code' needs code, an is_candidate of one axis, at least 128 keys,"
-                f" a width that 64 divides and k up to {_coded_gpu.MAX_K}, got keys {keys.shape} "
-                f"and k={k}"
+                f" a width that 64 divides and k up to {_coded_gpu.MAX_K} (or less than "
+                f"{_coded_gpu.LARGE_K} for more than {_coded_gpu.MANY_ROWS} keys), got keys "
+                f"{keys.shape} and k={k}"
             )
         return by_code(interpret=jax.default_backend() != "gpu")
     if implementation not in (None, "matmul"):
@@ -194,16 +195,17 @@ def _best_of_picked(
     keys: Float[Array, "N D"],
     picked: Int[Array, "Q F"],
     k: int,
-    cosine: Callable[[Array, Array], Array] = exact_cosine_pairs,
+    cosine: Callable[[Array, Array, Array], Array] = exact_cosine_at,
 ) -> tuple[Int[Array, "Q k"], Float[Array, "Q k"]]:
     """Score the picked keys and sort them by (score descending, index ascending)."""
     num_keys = keys.shape[0]
-    chosen = keys[jnp.minimum(picked, num_keys - 1)]
-    score = cosine(jnp.broadcast_to(queries[:, None, :], chosen.shape), chosen)
+    score = cosine(queries, keys, jnp.minimum(picked, num_keys - 1))
     negated = jnp.where(picked < num_keys, -score, jnp.inf)
     negated, index = jax.lax.sort((negated, picked), dimension=-1, num_keys=2)
     return index[:, :k], -negated[:, :k]
 
 
-def _cosine_pairs(a: Float[Array, "Q F D"], b: Float[Array, "Q F D"]) -> Float[Array, "Q F"]:
-    return jnp.sum(a * b, axis=-1)
+def _cosine_at(
+    queries: Float[Array, "Q D"], keys: Float[Array, "N D"], rows: Int[Array, "Q F"]
+) -> Float[Array, "Q F"]:
+    return jnp.sum(queries[:, None, :] * keys[rows], axis=-1)

@@ -11,7 +11,7 @@ from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops import _cells_gpu, _coded_gpu
 from moe_jax.ops.code import Code
 from moe_jax.ops.nearest import Hits
-from moe_jax.ops.similarity import exact_cosine_pairs, normalize
+from moe_jax.ops.similarity import exact_cosine_at, normalize
 from moe_jax.ops.top_k import top_k
 
 __all__ = ["MAX_FUSED_K", "Lists", "can_fuse", "nearest_in_cells"]
@@ -84,7 +84,8 @@ def nearest_in_cells(
       >>> keys = jnp.eye(2)
       >>> lists = Lists(keys, jnp.array([[0], [1]]), jnp.array([2]))
       >>> candidates = jnp.ones(2, bool)
-      >>> nearest_in_cells(keys[1:], keys, encode(keys), candidates, lists, 1, 1).ids.tolist()
+      >>> find = jax.jit(nearest_in_cells, static_argnames=("k", "probes"))
+      >>> find(keys[1:], keys, encode(keys), candidates, lists, k=1, probes=1).ids.tolist()
       [[1]]
     """
     num_keys = keys.shape[0]
@@ -96,7 +97,7 @@ def nearest_in_cells(
         )  # fmt: skip
         if not reproducible:
             return Hits(found.ids, found.scores, found.is_found)
-        score = _exact(normalize(queries), keys, jnp.minimum(found.ids, num_keys - 1))
+        score = exact_cosine_at(normalize(queries), keys, jnp.minimum(found.ids, num_keys - 1))
         return _in_order(found.ids, score, found.is_found, k, num_keys)
 
     queries = normalize(queries)
@@ -113,9 +114,9 @@ def nearest_in_cells(
         score, at = _top_k(score, fetch)
         row = jnp.take_along_axis(row, at, axis=1)
         is_valid = score > -jnp.inf
-        score = _exact(queries, keys, row)
+        score = exact_cosine_at(queries, keys, row)
     else:
-        score = jnp.where(is_valid, _exact(queries, keys, row), -jnp.inf)
+        score = jnp.where(is_valid, exact_cosine_at(queries, keys, row), -jnp.inf)
         at = _best(score, row, min(k, row.shape[1]))
         row, score, is_valid = (jnp.take_along_axis(a, at, 1) for a in (row, score, is_valid))
     return _in_order(row, score, is_valid, k, num_keys)
@@ -140,13 +141,6 @@ def _code_products(
         return jnp.sum(chosen * queries[:, None, :], axis=-1)
     # XLA on CPUs runs such a reduction on one core, an entry at a time.
     return jnp.einsum("qfd,qd->qf", chosen, queries, precision=jax.lax.Precision.HIGHEST)
-
-
-def _exact(
-    queries: Float[Array, "Q D"], keys: Float[Array, "N D"], row: Int[Array, "Q F"]
-) -> Float[Array, "Q F"]:
-    chosen = keys[row]
-    return exact_cosine_pairs(jnp.broadcast_to(queries[:, None, :], chosen.shape), chosen)
 
 
 def _best(score: Float[Array, "Q F"], row: Int[Array, "Q F"], k: int) -> Int[Array, "Q k"]:

@@ -10,6 +10,8 @@ sums are then integers of at most 2**24, which float32 holds exactly, so the sum
 matrix units (TF32, bfloat16) multiply them exactly too.
 """
 
+import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -17,8 +19,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Float, Int
+from moe_jax.ops.blocks import in_blocks
 
-__all__ = ["MAX_DIM", "exact_cosine", "exact_cosine_pairs", "limbs", "normalize"]
+__all__ = [
+    "MAX_DIM",
+    "exact_cosine",
+    "exact_cosine_at",
+    "exact_cosine_pairs",
+    "limbs",
+    "normalize",
+]
 
 MAX_DIM = 16384
 """The widest vector that `normalize` takes: wider ones could overflow its integer sums."""
@@ -26,7 +36,14 @@ MAX_DIM = 16384
 # So many coordinates keep every partial sum within 2**24; see `limbs`.
 _BLOCK = 512
 
+# On CPUs so many coordinates are taken at a time: they and their limbs stay in the cache, where
+# whole arrays of them would cost more to store than all the arithmetic.
+_AT_ONCE = 2**18
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 Limbs = tuple[Float[Array, "*N D"], Float[Array, "*N D"], Float[Array, "*N D"]]
+_Parts = tuple[Array, ...]
 
 
 def limbs(x: Float[Array, "*N D"]) -> Limbs:
@@ -111,7 +128,7 @@ def exact_cosine(a: Float[Array, "Q D"], b: Float[Array, "N D"]) -> Float[Array,
             left, right, cuda=_matmul_of_short_integers, default=_matmul
         )
 
-    return _by_blocks(a, b, matmul)
+    return _by_blocks(a, b, _sums(matmul))
 
 
 @jax.jit
@@ -130,12 +147,39 @@ def exact_cosine_pairs(a: Float[Array, "*N D"], b: Float[Array, "*N D"]) -> Floa
       >>> exact_cosine_pairs(unit, unit).tolist()
       [1.0, 1.0]
     """
+    score = functools.partial(_by_blocks, sums=_sums(_sum_of_products))
+    if jax.default_backend() != "cpu":
+        return score(a, b)
+    lead, dim = a.shape[:-1], a.shape[-1]
+    rows = tuple(x.reshape(math.prod(lead), dim) for x in (a, b))
+    return in_blocks(score, rows, max(1, _AT_ONCE // max(1, dim))).reshape(lead)
 
-    def dot(left: list[Array], right: list[Array]) -> Array:
-        # A plain reduction, so that gathers feeding it fuse and nothing large is stored.
-        return jnp.sum(sum(x * y for x, y in zip(left, right, strict=True)), axis=-1)
 
-    return _by_blocks(a, b, dot)
+@jax.jit
+def exact_cosine_at(
+    queries: Float[Array, "Q D"], keys: Float[Array, "N D"], rows: Int[Array, "Q F"]
+) -> Float[Array, "Q F"]:
+    """Cosine of each query with some of the keys: equals those entries of `exact_cosine`.
+
+    Args:
+      queries: float32 [Q, D], unit vectors as `normalize` returns them.
+      keys: float32 [N, D], likewise.
+      rows: int32 [Q, F], which keys, each below N.
+
+    Returns:
+      float32 [Q, F].
+
+    Example:
+      >>> unit = normalize(jnp.eye(2))
+      >>> exact_cosine_at(unit, unit, jnp.array([[0], [0]])).tolist()
+      [[1.0], [0.0]]
+    """
+    if jax.default_backend() != "cpu":
+        chosen = keys[rows]
+        queries = jnp.broadcast_to(queries[:, None, :], chosen.shape)
+        return _by_blocks(queries, chosen, _sums(_sum_of_products))
+    size = max(1, _AT_ONCE // max(1, rows.shape[1] * keys.shape[1]))
+    return in_blocks(lambda q, at: _by_blocks(q, keys[at], _sums_at), (queries, rows), size)
 
 
 @jax.custom_jvp
@@ -175,25 +219,57 @@ def _unit_and_scale(x: Float[Array, "*N D"]) -> tuple[Float[Array, "*N D"], Floa
     return x * inverse, jnp.where(has_direction, first * second * inverse, 0.0)
 
 
-def _by_blocks(a: Array, b: Array, dot: Callable[[list[Array], list[Array]], Array]) -> Array:
-    """Sum the dot products of limbs over blocks of coordinates, in a fixed order, and join them."""
+def _by_blocks(a: Array, b: Array, sums: Callable[[_Parts, _Parts], _Parts]) -> Array:
+    """Add up the sums of products of limbs over blocks of coordinates, in a fixed order; join them.
+
+    Args:
+      a: [..., D].
+      b: [..., D].
+      sums: gives a0.b0, a0.b1 + a1.b0, a0.b2 + a1.b1 + a2.b0 and a1.b2 + a2.b1.
+    """
     totals = None
     for start in range(0, max(a.shape[-1], 1), _BLOCK):
-        a0, a1, a2 = limbs(a[..., start : start + _BLOCK])
-        b0, b1, b2 = limbs(b[..., start : start + _BLOCK])
-        part = (
-            dot([a0], [b0]),
-            dot([a0, a1], [b1, b0]),
-            dot([a0, a1, a2], [b2, b1, b0]),
-            dot([a1, a2], [b2, b1]),
-        )
+        part = sums(limbs(a[..., start : start + _BLOCK]), limbs(b[..., start : start + _BLOCK]))
         totals = part if totals is None else tuple(t + p for t, p in zip(totals, part, strict=True))
     cosine = _join(*totals)
     return jnp.where(cosine == 0.0, 0.0, cosine)  # no negative zero: it would sort below zero
 
 
+def _sums(
+    dot: Callable[[list[Array], list[Array]], Array],
+) -> Callable[[_Parts, _Parts], _Parts]:
+    """The sums that `_by_blocks` wants, by a function that adds up several dot products at once."""
+
+    def sums(a: _Parts, b: _Parts) -> _Parts:
+        (a0, a1, a2), (b0, b1, b2) = a, b
+        return (
+            dot([a0], [b0]),
+            dot([a0, a1], [b1, b0]),
+            dot([a0, a1, a2], [b2, b1, b0]),
+            dot([a1, a2], [b2, b1]),
+        )
+
+    return sums
+
+
+def _sums_at(a: _Parts, b: _Parts) -> _Parts:
+    """The same for a of shape [Q, D] and b of shape [Q, F, D], by matrix products.
+
+    XLA on CPUs adds up a plain reduction on one core, an entry at a time.
+    """
+    a = jnp.stack(a, axis=1)
+    dots = [jnp.einsum("qfd,qid->qfi", part, a, precision=_HIGHEST) for part in b]
+    (d00, d10, d20), (d01, d11, d21), (d02, d12, _) = (jnp.moveaxis(d, 2, 0) for d in dots)
+    return d00, d01 + d10, d02 + d11 + d20, d12 + d21
+
+
+def _sum_of_products(left: list[Array], right: list[Array]) -> Array:
+    # A plain reduction, so that gathers feeding it fuse on GPUs and nothing large is stored.
+    return jnp.sum(sum(x * y for x, y in zip(left, right, strict=True)), axis=-1)
+
+
 def _matmul(left: Float[Array, "Q D"], right: Float[Array, "N D"]) -> Float[Array, "Q N"]:
-    return jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(left, right.T, precision=_HIGHEST)
 
 
 def _matmul_of_short_integers(

@@ -97,8 +97,8 @@ def make_stream_step(
         >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
         >>> gate = MemoryInterpolation()
         >>> empty = jnp.zeros((1, 1)), jnp.zeros((1, 1), int), jnp.zeros((1, 1), bool)
-        >>> variables = gate.init(jax.random.key(0), jnp.zeros((1, 257)), *empty)
-        >>> projection = vectors.fit(jax.random.normal(jax.random.key(1), (64, 32)))
+        >>> variables = jax.jit(gate.init)(jax.random.key(0), jnp.zeros((1, 257)), *empty)
+        >>> projection = jax.jit(vectors.fit)(jax.random.normal(jax.random.key(1), (64, 32)))
         >>> step = make_stream_step(model, vectors, gate)
         >>> batch = Batch(ids, ids, ones, jnp.zeros((2, 2), jnp.int32))
         >>> memory, reader = KnowledgeGraph.create(64, 40), TokenReader(projection, variables)

@@ -52,7 +52,7 @@ def evaluate_token_memory(
         >>> from moe_jax.config import smallest_run
         >>> from moe_jax.data import load_corpus
         >>> model = MoELanguageModel(smallest_run().model)
-        >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), int))["params"]
+        >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((2, 16), int))["params"]
         >>> how = {"num_bytes": 128, "seq_len": 32, "rows": 2}
         >>> sorted(evaluate_token_memory(model, params, load_corpus(), **how)["token_memory"])
         ['bits_per_byte', 'bytes', 'nodes', 'shuffled', 'validation_bytes', 'without']

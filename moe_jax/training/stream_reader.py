@@ -77,12 +77,13 @@ class StreamReader:
         >>> from moe_jax.config import smallest_run
         >>> from moe_jax.data import load_corpus
         >>> model, corpus = MoELanguageModel(smallest_run().model), load_corpus()
-        >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), int))["params"]
-        >>> how = {"vectors": ContextVectors(8, 32), "seq_len": 32, "context": 8, "rows": 2}
-        >>> reader = StreamReader(model, params, corpus, **how)
+        >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((2, 16), int))["params"]
+        >>> how = {"seq_len": 32, "context": 8, "rows": 2, "policy": "reject"}
+        >>> reader = StreamReader(model, params, corpus, vectors=ContextVectors(32), **how)
         >>> batches = reader.batches([0, 1], max_document_bytes=48)
         >>> projection = reader.fit_projection(batches)
-        >>> found = reader.read(batches, reader.empty(64), TokenReader(projection, reader.any_gate))
+        >>> memory, gate = reader.empty(128), reader.any_gate
+        >>> found = reader.read(batches, memory, TokenReader(projection, gate))
         >>> float(found.sums.count), found.is_counted.shape
         (96.0, (96,))
     """

@@ -61,6 +61,18 @@ def test_with_all_cells_probed_a_filtered_search_is_exact(graph, cells):
     jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
+@pytest.mark.parametrize("k", [25, 32, 48])
+@pytest.mark.parametrize("cells", [(3, 100, 100)], ids=["spill"], indirect=True)
+def test_a_larger_k_finds_the_same(graph, cells, k):
+    """With all cells probed the search is exact; in the second graph fewer than k can be found."""
+    for now in (graph, graph._replace(is_live=graph.is_live & (jnp.arange(N) < 60))):
+        found = search_cells(now, cells, queries(20), k=k, probes=99, expert_id=1,
+                             implementation="pallas")  # fmt: skip
+        want = search(now, queries(20), k=48, expert_id=1)
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[:, :k]), found, want)
+    assert 0 < int(found.is_valid[0].sum()) < 25
+
+
 def test_a_cell_is_probed_once_and_ties_go_to_the_lower_cell():
     keys = normalize(np.eye(D, dtype=np.float32)[:8])
     graph, _ = insert(KnowledgeGraph.create(128, D), keys)
@@ -76,8 +88,8 @@ def test_wrong_calls(graph, cells):
     def find(**options):
         return search_cells(graph, cells, queries(), implementation="pallas", **options)
 
-    with pytest.raises(ValueError, match="k=25"):
-        find(k=25)
+    with pytest.raises(ValueError, match="k=49"):
+        find(k=49)
     with pytest.raises(ValueError, match="first_pass='keys'"):
         find(first_pass="keys")
     with pytest.raises(ValueError, match=r"'kind': \(5,\)"):

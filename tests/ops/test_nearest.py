@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops import encode, exact_cosine, nearest, normalize
+from moe_jax.ops import _coded_gpu, encode, exact_cosine, nearest, normalize
+from moe_jax.ops._kernel_parts import chunk_of
 
 N, Q, D = 300, 6, 64
 
@@ -28,7 +29,7 @@ def expected(queries, keys, mask, k):
     order = np.argsort(-score, axis=1, kind="stable")[:, :k]
     best = np.take_along_axis(score, order, axis=1)
     is_valid = (best > -np.inf) & np.any(np.asarray(queries) != 0, axis=1, keepdims=True)
-    return np.where(is_valid, order, N), np.where(is_valid, best, 0.0), is_valid
+    return np.where(is_valid, order, keys.shape[0]), np.where(is_valid, best, 0.0), is_valid
 
 
 MASKS = {
@@ -87,8 +88,9 @@ def test_queries_of_any_length_or_of_none(implementation):
         return nearest(queries, keys, mask, 4, code=encode(keys), is_unit=False,
                        precision=precision, implementation=implementation)  # fmt: skip
 
-    for rows in (20, 9):  # more than the first kernel codes for itself, and fewer
-        hits, want = find(odd[:rows], "quick"), find(queries[:rows], "exact")
+    whole = find(queries, "exact")
+    for rows in (20, 9):  # a block of 32 queries, and one of 16
+        hits, want = find(odd[:rows], "quick"), jax.tree.map(lambda x, n=rows: x[:n], whole)
         is_sound = np.isin(np.arange(rows), [5, 6, 7, 8], invert=True)
         np.testing.assert_array_equal(hits.is_valid, np.broadcast_to(is_sound[:, None], (rows, 4)))
         np.testing.assert_array_equal(hits.ids[~is_sound], N)
@@ -115,6 +117,64 @@ def test_many_rows_and_a_last_tile_that_overlaps():
     np.testing.assert_array_equal(ids[:, 0], [0, 895, 896, 897, 999])
 
 
+@pytest.fixture(scope="module")
+def many():
+    """So many keys that most chunks are not picked: copies that tie, a crowd, and zeros."""
+    rng = np.random.default_rng(4)
+    keys = rng.normal(size=(1500, D)).astype(np.float32)
+    keys[700:760] = keys[0]
+    keys[760:800] = keys[1] + 1e-3 * rng.normal(size=(40, D))
+    keys[1490:] = 0
+    queries = keys[[0, 1, 2, 1499]] + 0.1 * rng.normal(size=(4, D)).astype(np.float32)
+    queries[3] = 0
+    return normalize(queries), normalize(keys)
+
+
+@pytest.mark.parametrize("k", [25, 32, 48])
+def test_larger_k_by_code(many, k):
+    """With ties at the k-th place, with filters, and with fewer candidates than k."""
+    queries, keys = many
+    code, place = encode(keys), np.arange(1500)
+    masks = (place >= 0, place % 3 > 0, place < 20, place < 0)
+    for mask in masks:
+        hits = nearest(queries, keys, jnp.asarray(mask), k, code=code, implementation="code")
+        for ours, want in zip(hits, expected(queries, keys, mask, k), strict=True):
+            np.testing.assert_array_equal(ours, want)
+    for mask in masks if k == 32 else ():
+        hits = nearest(
+            queries, keys, jnp.asarray(mask), k, code=code, implementation="code",
+            precision="quick",
+        )  # fmt: skip
+        ids, (_, best, is_valid) = np.asarray(hits.ids), expected(queries, keys, mask, k)
+        np.testing.assert_array_equal(hits.is_valid, is_valid)
+        np.testing.assert_allclose(hits.scores, best, atol=2e-3)
+        score = np.take_along_axis(np.asarray(exact_cosine(queries, keys)), ids % 1500, axis=1)
+        np.testing.assert_allclose(hits.scores, np.where(is_valid, score, 0.0), atol=1e-6)
+        assert all(len(set(row[row < 1500])) == (row < 1500).sum() for row in ids)
+
+
+@pytest.mark.parametrize("num_picked", [32, 64])
+@pytest.mark.parametrize("rows_per_chunk", [16, 128, 512, 1024])
+def test_the_chunk_of_a_position(num_picked, rows_per_chunk):
+    chunks = np.random.default_rng(0).permutation(1000)[:num_picked]
+    size = min(512, num_picked * rows_per_chunk)
+    for first in range(0, num_picked * rows_per_chunk, size * 3):
+        position = first + np.arange(size)
+        found = chunk_of(jnp.asarray(position), first, jnp.asarray(chunks), rows_per_chunk)
+        np.testing.assert_array_equal(found, chunks[position // rows_per_chunk])
+
+
+def test_larger_k_takes_fewer_rows():
+    is_supported = _coded_gpu.is_supported
+    assert is_supported(2**22, 512, 48)
+    assert not is_supported(2**22 + 1, 512, 25)
+    assert is_supported(10**7, 512, 24)
+    assert not is_supported(1000, 512, 49)
+    assert not is_supported(100, 512, 1)
+    for k in range(1, 49):
+        assert _coded_gpu.num_to_pick(k) >= k + 4
+
+
 def test_no_row_is_sorted_whole():
     keys, queries = jnp.zeros((5000, 8)), jnp.zeros((3, 8))
     for k in (1, 16, 17, 128):
@@ -133,5 +193,5 @@ def test_wrong_calls(vectors):
         nearest(queries, keys, mask, 1, precision="high")
     with pytest.raises(ValueError, match="got 'cuda'"):
         nearest(queries, keys, mask, 1, implementation="cuda")
-    with pytest.raises(ValueError, match="and k=25"):
-        nearest(queries, keys, mask, 25, code=encode(keys), implementation="code")
+    with pytest.raises(ValueError, match="and k=49"):
+        nearest(queries, keys, mask, 49, code=encode(keys), implementation="code")

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 import moe_jax.ops
-from moe_jax.ops import exact_cosine, exact_cosine_pairs, limbs, nearest, normalize
+from moe_jax.ops import (
+    exact_cosine,
+    exact_cosine_at,
+    exact_cosine_pairs,
+    limbs,
+    nearest,
+    normalize,
+)
 
 
 @pytest.mark.parametrize("module", ["similarity", "top_k", "nearest", "independent"])
@@ -49,6 +56,68 @@ def test_cosine_has_the_same_bits_in_every_order(dim):
     if dim <= 512:  # beyond, blocks are added in order
         shuffle = np.random.default_rng(2).permutation(dim)
         np.testing.assert_array_equal(exact_cosine(a[:, shuffle], b[:, shuffle]), whole)
+
+
+def cosines_in_integers(a, b):
+    """The definition, slowly: sums of whole numbers, which are then rounded one after another."""
+
+    def parts(x):
+        found, rest = [], np.asarray(x, np.float64)
+        for _ in range(3):
+            rest = rest * 256
+            found.append(np.round(rest).astype(np.int64))
+            rest = rest - found[-1]
+        return found
+
+    totals = np.zeros((4, len(a)), np.float32)
+    for start in range(0, a.shape[1], 512):
+        x, y = parts(a[:, start : start + 512]), parts(b[:, start : start + 512])
+        for i in range(4):
+            sums = sum(np.sum(x[j] * y[i - j], axis=1) for j in range(3) if 0 <= i - j < 3)
+            assert np.abs(sums).max() <= 2**24
+            totals[i] += sums.astype(np.float32)
+    score = np.zeros(len(a), np.float32)
+    for total, power in zip(totals, (16, 24, 32, 40), strict=True):
+        score += total * np.float32(2.0**-power)
+    return score
+
+
+def awkward(rows, dim, seed):
+    """Vectors of every length with copies, opposites, near copies, zeros and single entries."""
+    generator = np.random.default_rng(seed)
+    x = random(rows, dim, seed=seed) * 10.0 ** generator.integers(-30, 30, (rows, 1))
+    x[1], x[2], x[3] = x[0], -x[0], np.nextafter(x[0].astype(np.float32), np.inf)
+    x[4], x[5] = 0.0, 1.0
+    x[6] = np.where(np.arange(dim) == dim // 2, -2.0, 0.0)
+    return normalize(x.astype(np.float32))
+
+
+@pytest.mark.parametrize(("rows", "many", "dim"), [(70, 8, 513), (9, 7, 512), (9, 40, 3)])
+def test_cosines_have_the_bits_of_sums_of_integers(rows, many, dim):
+    """The first shape is taken in several blocks on CPUs."""
+    generator = np.random.default_rng(dim)
+    queries, keys = awkward(rows, dim, 0), awkward(50, dim, 0)
+    at = generator.integers(0, 50, (rows, many))
+    at[:, :7] = np.arange(7)
+    at = jnp.asarray(at)
+    chosen, tiled = keys[at], jnp.broadcast_to(queries[:, None, :], (rows, many, dim))
+    flat = (np.asarray(x).reshape(-1, dim) for x in (tiled, chosen))
+    expected = cosines_in_integers(*flat).reshape(rows, many)
+    forms = [
+        exact_cosine_at(queries, keys, at),
+        exact_cosine_pairs(tiled, chosen),
+        jax.vmap(lambda x, i: exact_cosine_at(x[None], keys, i[None])[0])(queries, at),
+        jnp.take_along_axis(exact_cosine(queries, keys), at, axis=1),
+    ]
+    if dim < 512:
+        with jax.disable_jit():
+            forms.append(exact_cosine_at(queries, keys, at))
+    for form in forms:
+        bits = np.asarray(form).view(np.int32)
+        np.testing.assert_array_equal(bits, expected.view(np.int32))
+    assert expected[0, 0] == expected[0, 1] == -expected[0, 2] > 0.999
+    assert not np.any(expected[4])
+    assert not np.any(expected[:, 4])
 
 
 def test_sums_stay_exact_in_the_worst_case():
