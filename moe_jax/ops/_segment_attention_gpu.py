@@ -14,6 +14,7 @@ __all__ = ["backward", "forward"]
 
 BLOCK = 64
 _LOW = -1e30
+_STEP = 32  # rows that the gradient's loops take at a time: 64 would spill registers
 
 
 def forward(
@@ -81,8 +82,8 @@ def _flat(blocks: Any) -> tuple[Array, ...]:
     return *by_row, blocks.first, blocks.last
 
 
-def _rows(block: Any) -> Any:
-    return pl.ds(block * BLOCK, BLOCK)
+def _rows(block: Any, size: int = BLOCK) -> Any:
+    return pl.ds(block * size, size)
 
 
 def _seen(who, queries, keys):
@@ -135,7 +136,8 @@ def _segment_backward_kernel(
     query, key, value = (pl.ds((i * heads + head) * width, width) for i in range(3))
     own_grad = pl.ds(head * width, width)
     who = start_ref, valid_ref, position_ref
-    touched = first_ref[block], last_ref[block] + 1
+    per_block = BLOCK // _STEP
+    touched = first_ref[block] * per_block, (last_ref[block] + 1) * per_block
 
     def shares(q, g, queries, k, v, keys):
         """The softmax's weights, and the gradient of the scores, both [queries, keys]."""
@@ -149,7 +151,7 @@ def _segment_backward_kernel(
     q, g = qkv_ref[rows, query], grad_ref[rows, own_grad]
 
     def for_query(other, total):
-        others = _rows(other)
+        others = _rows(other, _STEP)
         k = qkv_ref[others, key]
         _, pull = shares(q, g, rows, k, qkv_ref[others, value], others)
         return total + _product(pull, k, ((1,), (0,)))
@@ -161,7 +163,7 @@ def _segment_backward_kernel(
     k, v = qkv_ref[rows, key], qkv_ref[rows, value]
 
     def for_key(other, totals):
-        others = _rows(other)
+        others = _rows(other, _STEP)
         q, g = qkv_ref[others, query], grad_ref[others, own_grad]
         share, pull = shares(q, g, others, k, v, rows)
         by_key = totals[0] + _product(pull, q, ((0,), (0,)))
