@@ -44,15 +44,14 @@ def rows_kernel(
     num_row_tiles = num_ref[0]
     shape = (num_row_tiles, outer // columns)
 
-    def tile(linear):
-        return plgpu.planar_snake(linear, shape, 0, tiling.sweep)
-
-    def num_steps(row_tile):
-        return jnp.where(group_ref[row_tile] < num_groups, inner // depth, 0)
-
-    def load(linear, step, ring):
-        row_tile, column = tile(linear)
+    def locate(tile):
+        row_tile, column = plgpu.planar_snake(tile, shape, 0, tiling.sweep)
         group, start = group_ref[row_tile], pl.multiple_of(start_ref[row_tile], BLOCK)
+        num_steps = jnp.where(group < num_groups, inner // depth, 0)
+        return num_steps, (group, start, rows_ref[row_tile], column)
+
+    def load(place, step, ring):
+        group, start, _, column = place
         along = _span(step, depth)
         plgpu.copy_gmem_to_smem(
             x_ref.at[pl.ds(start, ROWS), along], x_shared.at[ring], loaded.at[ring]
@@ -68,9 +67,9 @@ def rows_kernel(
             right = right.transpose((1, 0)) if transpose else right
             plgpu.wgmma(acc, x_shared.at[ring, _span(half, BLOCK)], right)
 
-    def store(linear, accs, half):
-        row_tile, column = tile(linear)
-        first = start_ref[row_tile] + half * BLOCK
+    def store(place, accs, half):
+        group, start, rows, column = place
+        first = start + half * BLOCK
 
         def to(i):
             at = column * columns + i * SWIZZLED
@@ -84,22 +83,21 @@ def rows_kernel(
             if is_gated:
                 return part * jax.nn.sigmoid(part) * _columns(accs[1], i)
             if is_biased:
-                group = jnp.minimum(group_ref[row_tile], num_groups - 1)
                 at = pl.multiple_of(column * columns + i * SWIZZLED, SWIZZLED)
+                own = bias_ref.at[jnp.minimum(group, num_groups - 1), pl.ds(at, SWIZZLED)]
                 # Every thread loads the few columns that it holds.
-                own = plgpu.load(bias_ref.at[group, pl.ds(at, SWIZZLED)], optimized=False)
+                own = plgpu.load(own, optimized=False)
                 own = own.astype(jnp.float32)
                 part = part + lax.broadcast_in_dim(own, part.shape, (1,))
             return _gelu_tanh(part) if activation else part
 
-        @pl.when(rows_ref[row_tile] > half * BLOCK)
+        @pl.when(rows > half * BLOCK)
         def _():
             _store(columns // SWIZZLED, part, staged, to, half)
 
     _work(
-        shape[0] * shape[1],
-        lambda linear: num_steps(tile(linear)[0]),
-        load, multiply, store, (columns,) * parts, tiling.stages, loaded, consumed,
+        shape[0] * shape[1], locate, load, multiply, store,
+        (columns,) * parts, tiling.stages, loaded, consumed,
     )  # fmt: skip
 
 
@@ -114,14 +112,14 @@ def sums_kernel(
     shape = (inner // ROWS, outer // columns)
     num_tiles = shape[0] * shape[1]
 
-    def tile(linear):
-        within = lax.rem(linear, jnp.int32(num_tiles))
+    def locate(tile):
+        within = lax.rem(tile, jnp.int32(num_tiles))
         row, column = plgpu.planar_snake(within, shape, 0, tiling.sweep)
-        return lax.div(linear, jnp.int32(num_tiles)), row, column
+        group = lax.div(tile, jnp.int32(num_tiles))
+        return blocks_ref[group], (group, start_ref[group], row, column)
 
-    def load(linear, step, ring):
-        group, row, column = tile(linear)
-        start = pl.multiple_of(start_ref[group], BLOCK)
+    def load(place, step, ring):
+        _, start, row, column = place
         rows = pl.ds(pl.multiple_of(start + step * depth, BLOCK), depth)
         plgpu.copy_gmem_to_smem(
             x_ref.at[rows, _span(row, ROWS)], x_shared.at[ring], loaded.at[ring]
@@ -134,8 +132,8 @@ def sums_kernel(
         left = x_shared.at[ring, :, _span(half, BLOCK)].transpose((1, 0))
         plgpu.wgmma(accs[0], left, y_shared.at[ring])
 
-    def store(linear, accs, half):
-        group, row, column = tile(linear)
+    def store(place, accs, half):
+        group, _, row, column = place
 
         def to(i):
             at = column * columns + i * SWIZZLED
@@ -148,25 +146,24 @@ def sums_kernel(
         _store(columns // SWIZZLED, lambda i: _columns(accs[0], i), staged, to, half)
 
     _work(
-        num_groups * num_tiles,
-        lambda linear: blocks_ref[tile(linear)[0]],
-        load, multiply, store, (columns,), tiling.stages, loaded, consumed,
+        num_groups * num_tiles, locate, load, multiply, store,
+        (columns,), tiling.stages, loaded, consumed,
     )  # fmt: skip
 
 
-def _work(num_tiles, num_steps, load, multiply, store, widths, stages, loaded, consumed):
+def _work(num_tiles, locate, load, multiply, store, widths, stages, loaded, consumed):
     """Runs all tiles: loader and multipliers meet at the ring's barriers, step after step.
 
     Args:
         num_tiles: of all programs together; program p takes tiles p, p + programs, and so on.
-        num_steps: tile -> steps of its contraction, which may be none.
-        load: (tile, step, place in the ring), starts the copies.
-        multiply: (accumulators, place in the ring, half), starts a product for each.
-        store: (tile, results, half).
+        locate: tile -> steps of its contraction, which may be none, and its place, read once.
+        load: (place, step, slot of the ring), starts the copies.
+        multiply: (accumulators, slot of the ring, half), starts a product for each.
+        store: (place, results, half).
         widths: columns of each accumulator.
         stages: length of the ring.
-        loaded: barriers, one per place, on which the copies arrive.
-        consumed: barriers, one per place, on which both multipliers arrive.
+        loaded: barriers, one per slot, on which the copies arrive.
+        consumed: barriers, one per slot, on which both multipliers arrive.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -178,6 +175,8 @@ def _work(num_tiles, num_steps, load, multiply, store, widths, stages, loaded, c
 
         @plgpu.nd_loop((num_tiles,), collective_axes="program", init_carry=jnp.int32(0))
         def _(tile, carry):
+            num_steps, place = locate(tile.index[0])
+
             def one(step, done):
                 ring = lax.rem(done, jnp.int32(stages))
 
@@ -185,10 +184,10 @@ def _work(num_tiles, num_steps, load, multiply, store, widths, stages, loaded, c
                 def _():
                     plgpu.barrier_wait(consumed.at[ring])
 
-                load(tile.index[0], step, ring)
+                load(place, step, ring)
                 return done + 1
 
-            return lax.fori_loop(0, num_steps(tile.index[0]), one, carry)
+            return lax.fori_loop(0, num_steps, one, carry)
 
     @pl.when(warpgroup != _LOADER)
     def _():
@@ -196,7 +195,7 @@ def _work(num_tiles, num_steps, load, multiply, store, widths, stages, loaded, c
 
         @plgpu.nd_loop((num_tiles,), collective_axes="program", init_carry=jnp.int32(0))
         def _(tile, carry):
-            steps = num_steps(tile.index[0])
+            num_steps, place = locate(tile.index[0])
 
             def contract(*accs):
                 def one(step, done):
@@ -212,17 +211,17 @@ def _work(num_tiles, num_steps, load, multiply, store, widths, stages, loaded, c
 
                     return done + 1
 
-                done = lax.fori_loop(0, steps, one, carry)
+                done = lax.fori_loop(0, num_steps, one, carry)
                 plgpu.wgmma_wait(0)
 
-                @pl.when(steps > 0)
+                @pl.when(num_steps > 0)
                 def _():
                     plgpu.barrier_arrive(consumed.at[lax.rem(done - 1, jnp.int32(stages))])
 
                 return *(acc[...] for acc in accs), done
 
             *results, done = pl.run_scoped(contract, *(plgpu.ACC((BLOCK, n)) for n in widths))
-            store(tile.index[0], results, warpgroup)
+            store(place, results, warpgroup)
             return done
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
