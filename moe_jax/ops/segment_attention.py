@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops import _segment_attention_gpu as _gpu
+from moe_jax.ops._hardware import is_hopper
 
 __all__ = ["segment_attention"]
 
@@ -45,9 +46,9 @@ def segment_attention(
         is_valid: [R], False for rows that none sees and that see none: their result is zero.
         position: [R] int32; a row then sees only rows of its own or a lower position. None for
             all rows of the segment.
-        implementation: "xla", everywhere, which None stands for; "pallas", two kernels for
-            NVIDIA GPUs (d a power of two from 16 on), which wait for a measurement to become
-            the default there.
+        implementation: "xla", everywhere; "pallas", two kernels for NVIDIA GPUs (d a power of
+            two from 16 on); None for the kernels on Hopper with 16 bits and d up to 256, which
+            is what they were measured with.
 
     Returns:
         [R, heads, d] in the dtype of `qkv`.
@@ -79,7 +80,9 @@ def segment_attention(
         first=start[::BLOCK] // BLOCK,
         last=stop[BLOCK - 1 :: BLOCK] // BLOCK,
     )
-    return _attend(qkv, blocks, implementation or "xla")
+    is_fast_width = qkv.shape[-1] in (16, 32, 64, 128, 256)
+    has_kernels = is_hopper() and qkv.dtype.itemsize == 2 and is_fast_width
+    return _attend(qkv, blocks, implementation or ("pallas" if has_kernels else "xla"))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Float
+from moe_jax.ops._hardware import is_hopper
 from moe_jax.ops.grouped._hopper_kernels import ROWS, SLOTS, SWIZZLED, rows_kernel, sums_kernel
 from moe_jax.ops.grouped.groups import BLOCK, Groups
 
@@ -66,15 +67,8 @@ def takes(x: jax.Array, w_shape: tuple[int, ...]) -> bool:
     """
     _, inner, outer = w_shape
     fits = x.dtype in (jnp.bfloat16, jnp.float16) and inner % 128 == 0 and outer % 128 == 0
-    return fits and _is_hopper()
-
-
-@functools.cache
-def _is_hopper() -> bool:
     # Earlier Pallas has another signature for loads, and its kernels were never tried.
-    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
-        return False
-    return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
+    return fits and jax.__version_info__ >= (0, 11) and is_hopper()
 
 
 @functools.cache

@@ -63,9 +63,8 @@ def grouped_matmul(
         bias: [E, J], one for each group, added to the products; None for none.
         activation: "gelu" or "gelu_tanh", taken of the sums; "swiglu", which takes the first half
             of a row as gates of the other, silu(gate) * up; None for none.
-        implementation: "xla", everywhere, which None stands for; "mosaic", kernels for NVIDIA
-            Hopper (16-bit, I and J multiples of 128, jax 0.11), which wait for a measurement
-            to become the default there.
+        implementation: "xla", everywhere; "mosaic", kernels for NVIDIA Hopper (16-bit, I and J
+            multiples of 128, jax 0.11); None for the kernels where they can run.
 
     Returns:
         [R, J] in the dtype of `x`, or [R, J / 2] for "swiglu".
@@ -82,10 +81,11 @@ def grouped_matmul(
     _check(x, w, groups)
     if activation not in (None, *_ACTIVATIONS):
         raise ValueError(f"activation must be one of {list(_ACTIVATIONS)}, got {activation!r}")
-    implementation = implementation or "xla"
+    has_kernels = _hopper.takes(x, w.shape)
+    implementation = implementation or ("mosaic" if has_kernels else "xla")
     if implementation not in ("xla", "mosaic"):
         raise ValueError(f'implementation must be "xla", "mosaic" or None, got {implementation!r}')
-    if implementation == "mosaic" and not _hopper.takes(x, w.shape):
+    if implementation == "mosaic" and not has_kernels:
         raise ValueError(
             'implementation="mosaic" wants an NVIDIA Hopper GPU, jax 0.11, a 16-bit dtype and '
             f"widths that 128 divides, got {x.dtype}, w {w.shape} and {jax.default_backend()}"
