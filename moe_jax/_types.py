@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-__all__ = ["Array", "Bool", "Dtype", "Float", "Int", "PRNGKey", "Variables"]
+__all__ = ["Array", "Bool", "Dtype", "Float", "Int", "PRNGKey", "UInt32", "Variables"]
 
 PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
 Dtype = Any

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Dtype, Float, Int
-from moe_jax.experts.base import ConfidenceHead, Dense, ExpertOutput
+from moe_jax.experts.base import ConfidenceHead, Dense, Dropout, ExpertOutput
 from moe_jax.experts.by_row import Rows
 
 
@@ -47,7 +47,7 @@ class MLPExpert(nn.Module):
         gelu = "gelu_tanh" if self.approximate_gelu else "gelu"
         up = Dense(self.hidden_dim, activation=gelu, dtype=self.dtype, name="up")
         hidden = up(x, rows)
-        hidden = nn.Dropout(self.dropout, deterministic=not is_training)(hidden)
+        hidden = Dropout(self.dropout)(hidden, is_training)
         output = Dense(self.output_dim, dtype=self.dtype, name="down")(hidden, rows)
         confidence = ConfidenceHead(name="confidence")(hidden, rows)
         return ExpertOutput(output=output, confidence=confidence)
@@ -90,7 +90,7 @@ class SwiGLUExpert(nn.Module):
         how = {"use_bias": False, "dtype": self.dtype}
         gate_up = Dense(2 * self.hidden_dim, activation="swiglu", name="gate_up", **how)
         hidden = gate_up(x, rows)
-        hidden = nn.Dropout(self.dropout, deterministic=not is_training)(hidden)
+        hidden = Dropout(self.dropout)(hidden, is_training)
         output = Dense(self.output_dim, name="down", **how)(hidden, rows)
         confidence = ConfidenceHead(name="confidence")(hidden, rows)
         return ExpertOutput(output=output, confidence=confidence)

@@ -9,6 +9,7 @@ from moe_jax._types import Array, Bool, Dtype, Float, Int
 from moe_jax.experts.base import (
     ConfidenceHead,
     Dense,
+    Dropout,
     ExpertOutput,
     LayerNorm,
     SelfAttention,
@@ -64,7 +65,7 @@ class TransformerExpert(nn.Module):
         self.decoder_hidden = dense(self.hidden_dim, activation=self._activation)
         self.decoder_out = dense(self.output_dim)
         self.confidence = ConfidenceHead()
-        self.drop = nn.Dropout(self.dropout)
+        self.drop = Dropout(self.dropout)
 
     def __call__(
         self,
@@ -87,21 +88,20 @@ class TransformerExpert(nn.Module):
         rows: Rows | None = None,
     ) -> Float[Array, "*B C H"]:
         """Encoder and transformer layer."""
-        off = not is_training
         hidden = self.encoder_norm(self.encoder(x, rows), rows)
-        hidden = self.drop(self._gelu(hidden), deterministic=off)
+        hidden = self.drop(self._gelu(hidden), is_training)
         mixed = self.attention(self.attention_norm(hidden, rows), is_valid, position, rows)
-        hidden = hidden + self.drop(mixed, deterministic=off)
+        hidden = hidden + self.drop(mixed, is_training)
         inner = self.feed_forward_up(self.feed_forward_norm(hidden, rows), rows)
-        inner = self.feed_forward_down(self.drop(inner, deterministic=off), rows)
-        return hidden + self.drop(inner, deterministic=off)
+        inner = self.feed_forward_down(self.drop(inner, is_training), rows)
+        return hidden + self.drop(inner, is_training)
 
     def decode(
         self, hidden: Float[Array, "*B C H"], is_training: bool = False, rows: Rows | None = None
     ) -> ExpertOutput:
         """Decoder and confidence head."""
         inner = self.decoder_hidden(hidden, rows)
-        inner = self.drop(inner, deterministic=not is_training)
+        inner = self.drop(inner, is_training)
         output = self.decoder_out(inner, rows)
         return ExpertOutput(output=output, confidence=self.confidence(hidden, rows))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from moe_jax._types import Array, Float
 from moe_jax.ops._hardware import is_hopper
 from moe_jax.ops.grouped._hopper_kernels import ROWS, SLOTS, SWIZZLED, rows_kernel, sums_kernel
-from moe_jax.ops.grouped.groups import BLOCK, Groups
+from moe_jax.ops.grouped.groups import BLOCK, Groups, first_above
 
 __all__ = ["ACTIVATIONS", "Tiling", "rows_by_matrices", "rows_by_rows", "takes", "tiling_for"]
 
@@ -94,8 +94,7 @@ def row_tiles(groups: Groups) -> tuple[Array, Array, Array, Array]:
     last = jnp.cumsum(count).astype(jnp.int32)
     most = groups.block_group.shape[0] // 2 + groups.num_groups + 1
     tile = jnp.arange(most, dtype=jnp.int32)
-    group = jnp.searchsorted(last, tile, side="right").astype(jnp.int32)
-    group = jnp.minimum(group, groups.num_groups)
+    group = jnp.minimum(first_above(last, tile), groups.num_groups)
     first = start[group] + (tile - (last - count)[group]) * ROWS
     rows = jnp.clip(start[group] + num_blocks[group] * BLOCK - first, 0, ROWS)
     is_tile = tile < last[-1]

@@ -60,8 +60,22 @@ def make_groups(size: Int[Array, "E"], num_rows: int) -> Groups:
     num_blocks = -(-size // BLOCK)
     last = jnp.cumsum(num_blocks)
     block = jnp.arange(padded_rows(num_rows, size.shape[0]) // BLOCK, dtype=jnp.int32)
-    group = jnp.searchsorted(last, block, side="right").astype(jnp.int32)
+    group = first_above(last, block)
     return Groups(start=(last - num_blocks) * BLOCK, size=size, block_group=group)
+
+
+def first_above(ascending: Int[Array, "E"], value: Int[Array, "I"]) -> Int[Array, "I"]:
+    """Where the first entry lies that is larger than a value, by comparing all.
+
+    Args:
+        ascending: [E] int32.
+        value: [I] int32.
+
+    Returns:
+        [I] int32; E where there is none.
+    """
+    # A search in halves is a loop of small launches on a GPU; this is a single one.
+    return jnp.searchsorted(ascending, value, side="right", method="compare_all").astype(jnp.int32)
 
 
 def group_of_rows(groups: Groups) -> Int[Array, "R"]:

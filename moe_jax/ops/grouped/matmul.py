@@ -32,9 +32,27 @@ def activate(x: Float[Array, "*B J"], activation: str | None) -> Float[Array, "*
         activation: "gelu", "gelu_tanh", "swiglu" (gates first), or None for none.
 
     Returns:
-        [..., J], or half as wide for "swiglu".
+        [..., J], or half as wide for "swiglu". For the gradient nothing but `x` is kept.
     """
-    return _ACTIVATIONS[activation](x) if activation else x
+    return _activate(x, activation) if activation else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _activate(x: Float[Array, "*B J"], activation: str) -> Float[Array, "*B _"]:
+    return _ACTIVATIONS[activation](x)
+
+
+def _activate_fwd(x, activation):
+    return _ACTIVATIONS[activation](x), x
+
+
+def _activate_bwd(activation, x, grad):
+    # Held apart, or the compiler would rather store what both passes compute.
+    x = jax.lax.optimization_barrier(x)
+    return jax.vjp(_ACTIVATIONS[activation], x)[1](grad)
+
+
+_activate.defvjp(_activate_fwd, _activate_bwd)
 
 
 def grouped_matmul(
@@ -155,7 +173,7 @@ def _linear_fwd(x, w, bias, groups, implementation, activation):
 def _linear_bwd(implementation, activation, residuals, grad):
     x, w, bias, groups, sums = residuals
     if activation:
-        grad = jax.vjp(lambda sums: activate(sums, activation), sums)[1](grad)[0]
+        grad = _activate_bwd(activation, sums, grad)[0]
     grad_bias = None if bias is None else row_sums(grad, groups).astype(bias.dtype)
     if implementation == "mosaic":
         grad_x = _hopper.rows_by_matrices(grad, w, groups, transpose=True)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Float
-from moe_jax.ops.grouped.groups import BLOCK, Groups, group_of_rows
+from moe_jax.ops.grouped.groups import BLOCK, Groups
 
 
 @jax.custom_vjp
@@ -27,7 +27,10 @@ def to_rows(values: Float[Array, "E *J"], groups: Groups) -> Float[Array, "R *J"
         >>> to_rows(jnp.array([5.0, 7.0]), groups)[jnp.array([0, 1, 64])].tolist()
         [5.0, 5.0, 7.0]
     """
-    return values.at[group_of_rows(groups)].get(mode="clip")
+    # A gather of blocks is small, and what repeats it is never stored.
+    by_block = values.at[groups.block_group].get(mode="clip")
+    shape = (by_block.shape[0], BLOCK, *values.shape[1:])
+    return jnp.broadcast_to(by_block[:, None], shape).reshape(-1, *values.shape[1:])
 
 
 def row_sums(x: Float[Array, "R *J"], groups: Groups) -> Float[Array, "E *J"]:
