@@ -19,7 +19,7 @@ from moe_jax.graph.state import with_keys
 from moe_jax.ops import normalize
 from moe_jax.routing import balanced_bias
 from moe_jax.supervisor import BALANCE_BIAS, Supervisor
-from moe_jax.training import write_before_update
+from moe_jax.training import matrix_copies, with_copies, write_before_update
 
 _ON_DEVICE = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
 BALANCE_RATE = 0.02
@@ -241,7 +241,7 @@ def make_step(system: MoESystem, case: SystemCase) -> tuple[Callable, Any]:
 
 def _training_step(system: MoESystem, variables: Any, graph: KnowledgeGraph | None):
     optimizer = optax.adamw(LEARNING_RATE)
-    rate = system.config.balance_bias_rate
+    rate, dtype = system.config.balance_bias_rate, system.config.compute_dtype
 
     def loss(variables, x, key):
         target = jax.random.normal(key, (*x.shape[:2], system.config.output_dim))
@@ -251,9 +251,11 @@ def _training_step(system: MoESystem, variables: Any, graph: KnowledgeGraph | No
         return error + out.losses.total, out
 
     def step(state, x):
-        variables, moments, graph, key = state
+        variables, copies, moments, graph, key = state
         key, own = jax.random.split(key)
-        (value, out), grads = jax.value_and_grad(loss, has_aux=True)(variables, x, own)
+        used = with_copies(variables, copies)
+        (value, out), grads = jax.value_and_grad(loss, has_aux=True)(used, x, own)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, variables)
         if graph is not None:
             graph, _ = system.write(graph, out.proposals)
             moments = write_before_update(graph, moments)
@@ -262,9 +264,12 @@ def _training_step(system: MoESystem, variables: Any, graph: KnowledgeGraph | No
         if rate:
             moved = balanced_bias(bias_of(variables), out.stats.load, rate)
             variables = with_bias(variables, moved)
-        return (variables, moments, graph, key), (value, out.stats)
+        copies = matrix_copies(variables, dtype)
+        return (variables, copies, moments, graph, key), (value, out.stats)
 
-    state = (variables, jax.jit(optimizer.init)(variables), graph, jax.random.key(1))
+    copies = jax.jit(matrix_copies, static_argnums=1)(variables, dtype)
+    moments = jax.jit(optimizer.init)(variables)
+    state = (variables, copies, moments, graph, jax.random.key(1))
     return jax.jit(step, donate_argnums=0), state
 
 

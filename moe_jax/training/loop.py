@@ -15,6 +15,7 @@ from moe_jax.config import RunConfig
 from moe_jax.data import Batch, Corpus, held_out_batches, training_batches
 from moe_jax.graph import KnowledgeGraph, health
 from moe_jax.lm import MoELanguageModel
+from moe_jax.training.copies import matrix_copies
 from moe_jax.training.metrics import JsonLines, as_record, health_record, summarise_eval
 from moe_jax.training.state import TrainState, create_graph, create_state, make_optimizer
 from moe_jax.training.step import EvalSums, make_eval_step, make_train_step
@@ -204,7 +205,7 @@ class _Keeper:
         step = int(jax.device_get(state.step))
         if self._run is not None:
             note = {"config": self._config.to_dict(), "data_position": step}
-            self._run.save(step, {"state": state, "graph": graph}, note)
+            self._run.save(step, {"state": state.saved, "graph": graph}, note)
         if self._graphs is not None:
             self._graphs.maybe_save(graph)
 
@@ -213,11 +214,13 @@ class _Keeper:
     ) -> tuple[TrainState, KnowledgeGraph]:
         if self._run is None or self._run.latest() is None:
             return state, graph
-        _, tree, note = self._run.restore({"state": state, "graph": graph})
+        _, tree, note = self._run.restore({"state": state.saved, "graph": graph})
         saved = RunConfig.from_dict(note["config"])
         if saved.model != self._config.model:
             raise ValueError("the checkpoint was saved with another config.model")
-        return tree["state"], tree["graph"]
+        copy = jax.jit(matrix_copies, static_argnums=1)
+        copies = copy(tree["state"].params, self._config.model.moe.compute_dtype)
+        return TrainState(*tree["state"], copies), tree["graph"]
 
     def close(self) -> None:
         for checkpoints in (self._run, self._graphs):

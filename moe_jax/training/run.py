@@ -223,7 +223,9 @@ def open_run(directory: Path) -> Run:
     model = MoELanguageModel(config.model)
     optimizer = make_optimizer(config.training)
     like = {
-        "state": jax.eval_shape(lambda key: create_state(model, optimizer, key), jax.random.key(0)),
+        "state": jax.eval_shape(
+            lambda key: create_state(model, optimizer, key).saved, jax.random.key(0)
+        ),
         "graph": jax.eval_shape(lambda: create_graph(model)),
     }
     on_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -12,6 +12,15 @@ from moe_jax.config import TrainConfig
 from moe_jax.graph import KnowledgeGraph
 from moe_jax.lm import MoELanguageModel
 from moe_jax.system import MoESystem
+from moe_jax.training.copies import matrix_copies
+
+
+class SavedState(NamedTuple):
+    """What a checkpoint holds of a `TrainState`; the attributes are the same."""
+
+    step: Int[Array, ""]
+    params: Variables
+    opt_state: optax.OptState
 
 
 class TrainState(NamedTuple):
@@ -21,11 +30,18 @@ class TrainState(NamedTuple):
         step: [] int32, optimizer steps done; also the position in the data.
         params: float32 parameters.
         opt_state: the optimizer's state.
+        copies: what `matrix_copies` makes of the parameters; checkpoints are without them.
     """
 
     step: Int[Array, ""]
     params: Variables
     opt_state: optax.OptState
+    copies: dict[str, Array]
+
+    @property
+    def saved(self) -> SavedState:
+        """What a checkpoint holds."""
+        return SavedState(*self[:3])
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -93,7 +109,8 @@ def create_state(
         tokens = jnp.zeros((1, 8), jnp.int32)
         graph = create_graph(model) if model.config.moe.memory_read else None
         params = model.init(key, tokens, graph)["params"]
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        copies = matrix_copies(params, model.config.moe.compute_dtype)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), copies)
 
     return jax.jit(init)(key)
 

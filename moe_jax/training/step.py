@@ -17,6 +17,7 @@ from moe_jax.memory import note_reads
 from moe_jax.routing import balanced_bias
 from moe_jax.supervisor import BALANCE_BIAS
 from moe_jax.system import MoESystem
+from moe_jax.training.copies import matrix_copies, with_copies
 from moe_jax.training.state import TrainState
 
 
@@ -116,10 +117,12 @@ def make_train_step(
         key = jax.random.fold_in(key, state.step)
         total = jnp.maximum(jnp.sum(batch.is_valid), 1)
 
+        params = with_copies(state.params, state.copies)
+
         def differentiate(part: Batch, part_key: PRNGKey):
             grad_fn = jax.value_and_grad(_loss, argnums=1, has_aux=True)
-            (_, aux), grads = grad_fn(model, state.params, graph, part, part_key, config, total)
-            return grads, aux
+            (_, aux), grads = grad_fn(model, params, graph, part, part_key, config, total)
+            return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params), aux
 
         def accumulate(carry, inputs):
             grads, aux = differentiate(*inputs)
@@ -145,7 +148,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         load = jnp.mean(stats.load, axis=0)
         params = _rebalanced(params, load, config.model.moe.balance_bias_rate)
-        new_state = TrainState(state.step + 1, params, opt_state)
+        copies = matrix_copies(params, config.model.moe.compute_dtype)
+        new_state = TrainState(state.step + 1, params, opt_state, copies)
         return (
             new_state,
             graph,

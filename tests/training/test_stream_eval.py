@@ -157,7 +157,7 @@ def test_a_run_is_closed_by_it_also_when_resumed(monkeypatch, data, tmp_path):
     monkeypatch.setattr(
         stream_eval, "evaluate_token_memory", lambda *a, **how: calls.append(how) or {}
     )
-    state, graph = TrainState(jnp.int32(2), {}, ()), KnowledgeGraph.create(4, 2)
+    state, graph = TrainState(jnp.int32(2), {}, (), {}), KnowledgeGraph.create(4, 2)
     for reads in (True, False):
         moe = RUN.model.moe.replace(memory_read=reads)
         config = RUN.replace(
