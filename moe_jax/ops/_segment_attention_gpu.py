@@ -145,9 +145,13 @@ def _segment_backward_kernel(
         scores = _product(q, k, ((1,), (1,))) * scale
         share = jnp.exp(scores - log_total_ref[head, queries][:, None])
         share = jnp.where(is_seen, share, 0.0)
+        if g is None:
+            return share.astype(q.dtype), None
         pull = _product(g, v, ((1,), (1,))) - dots_ref[head, queries][:, None]
         return share.astype(q.dtype), (share * pull * scale).astype(q.dtype)
 
+    # One accumulator at a time: two would spill registers.
+    nothing = jnp.zeros((BLOCK, width))
     q, g = qkv_ref[rows, query], grad_ref[rows, own_grad]
 
     def for_query(other, total):
@@ -156,19 +160,24 @@ def _segment_backward_kernel(
         _, pull = shares(q, g, rows, k, qkv_ref[others, value], others)
         return total + _product(pull, k, ((1,), (0,)))
 
-    nothing = jnp.zeros((BLOCK, width))
     total = jax.lax.fori_loop(*touched, for_query, nothing)
     out_ref[rows, query] = total.astype(out_ref.dtype)
 
     k, v = qkv_ref[rows, key], qkv_ref[rows, value]
 
-    def for_key(other, totals):
+    def for_key(other, total):
         others = _rows(other, _STEP)
-        q, g = qkv_ref[others, query], grad_ref[others, own_grad]
-        share, pull = shares(q, g, others, k, v, rows)
-        by_key = totals[0] + _product(pull, q, ((0,), (0,)))
-        return by_key, totals[1] + _product(share, g, ((0,), (0,)))
+        q = qkv_ref[others, query]
+        _, pull = shares(q, grad_ref[others, own_grad], others, k, v, rows)
+        return total + _product(pull, q, ((0,), (0,)))
 
-    by_key, by_value = jax.lax.fori_loop(*touched, for_key, (nothing, nothing))
-    out_ref[rows, key] = by_key.astype(out_ref.dtype)
-    out_ref[rows, value] = by_value.astype(out_ref.dtype)
+    total = jax.lax.fori_loop(*touched, for_key, nothing)
+    out_ref[rows, key] = total.astype(out_ref.dtype)
+
+    def for_value(other, total):
+        others = _rows(other, _STEP)
+        share, _ = shares(qkv_ref[others, query], None, others, k, None, rows)
+        return total + _product(share, grad_ref[others, own_grad], ((0,), (0,)))
+
+    total = jax.lax.fori_loop(*touched, for_value, nothing)
+    out_ref[rows, value] = total.astype(out_ref.dtype)
