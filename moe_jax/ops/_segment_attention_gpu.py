@@ -139,16 +139,16 @@ def _segment_backward_kernel(
     per_block = BLOCK // _STEP
     touched = first_ref[block] * per_block, (last_ref[block] + 1) * per_block
 
-    def shares(q, g, queries, k, v, keys):
-        """The softmax's weights, and the gradient of the scores, both [queries, keys]."""
-        is_seen = _seen(who, queries, keys)
+    def shares(q, queries, k, keys):
+        """The softmax's weights, [queries, keys]."""
         scores = _product(q, k, ((1,), (1,))) * scale
         share = jnp.exp(scores - log_total_ref[head, queries][:, None])
-        share = jnp.where(is_seen, share, 0.0)
-        if g is None:
-            return share.astype(q.dtype), None
+        return jnp.where(_seen(who, queries, keys), share, 0.0)
+
+    def pulls(q, g, queries, k, v, keys):
+        """The scores' gradient, [queries, keys]."""
         pull = _product(g, v, ((1,), (1,))) - dots_ref[head, queries][:, None]
-        return share.astype(q.dtype), (share * pull * scale).astype(q.dtype)
+        return (shares(q, queries, k, keys) * pull * scale).astype(q.dtype)
 
     # One accumulator at a time: two would spill registers.
     nothing = jnp.zeros((BLOCK, width))
@@ -157,7 +157,7 @@ def _segment_backward_kernel(
     def for_query(other, total):
         others = _rows(other, _STEP)
         k = qkv_ref[others, key]
-        _, pull = shares(q, g, rows, k, qkv_ref[others, value], others)
+        pull = pulls(q, g, rows, k, qkv_ref[others, value], others)
         return total + _product(pull, k, ((1,), (0,)))
 
     total = jax.lax.fori_loop(*touched, for_query, nothing)
@@ -168,7 +168,7 @@ def _segment_backward_kernel(
     def for_key(other, total):
         others = _rows(other, _STEP)
         q = qkv_ref[others, query]
-        _, pull = shares(q, grad_ref[others, own_grad], others, k, v, rows)
+        pull = pulls(q, grad_ref[others, own_grad], others, k, v, rows)
         return total + _product(pull, q, ((0,), (0,)))
 
     total = jax.lax.fori_loop(*touched, for_key, nothing)
@@ -176,7 +176,7 @@ def _segment_backward_kernel(
 
     def for_value(other, total):
         others = _rows(other, _STEP)
-        share, _ = shares(qkv_ref[others, query], None, others, k, None, rows)
+        share = shares(qkv_ref[others, query], others, k, rows).astype(k.dtype)
         return total + _product(share, grad_ref[others, own_grad], ((0,), (0,)))
 
     total = jax.lax.fori_loop(*touched, for_value, nothing)
