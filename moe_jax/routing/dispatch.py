@@ -4,12 +4,14 @@ A choice and its slot are paired one to one, so the transpose of each gather is 
 the gradients below never scatter-add, which keeps them fast and bit-reproducible on a GPU.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
+from moe_jax.ops.gather_rows import gather_rows
 from moe_jax.routing.plan import RoutingPlan
 
 
@@ -145,14 +147,26 @@ def gather_choices(
 
 def _rows(x: Float[Array, "B I D"], row: Int[Array, "B J"]) -> Float[Array, "B J D"]:
     """Rows of each group; a row out of range reads zero."""
-    return jax.vmap(lambda a, i: a.at[i].get(mode="fill", fill_value=0))(x, row)
+    return jax.vmap(functools.partial(gather_rows, implementation="xla"))(x, row)
 
 
 @jax.custom_vjp
 def _gather_tokens(x: Float[Array, "B S D"], index: DispatchIndex) -> Float[Array, "E B C D"]:
+    return _tokens_of_slots(x, index)
+
+
+def _tokens_of_slots(
+    x: Float[Array, "B S D"], index: DispatchIndex, weight: Float[Array, "B I"] | None = None
+) -> Float[Array, "E B C D"]:
+    """Each slot's token, times the slot's weight."""
     batch, num_experts, capacity = index.choice_of_slot.shape
     token = index.choice_of_slot // index.slot_of_choice.shape[-1]
-    rows = _rows(x, token.reshape(batch, -1))
+    token = token.reshape(batch, -1)
+    if batch == 1:
+        rows = gather_rows(x[0], token[0], None if weight is None else weight[0])
+    else:
+        # Groups may be sharded, and the kernel is for one device.
+        rows = jax.vmap(functools.partial(gather_rows, implementation="xla"))(x, token, weight)
     return jnp.swapaxes(rows.reshape(batch, num_experts, capacity, -1), 0, 1)
 
 
@@ -193,10 +207,9 @@ def _combine_bwd(residuals, grad):
     grad_weight = jnp.einsum("bso,bsko->bsk", grad, chosen, preferred_element_type=jnp.float32)
     batch = weight.shape[0]
     flat_choice = index.choice_of_slot.reshape(batch, -1)
-    slot_weight = _rows(weight.reshape(batch, -1, 1), flat_choice)
-    slot_weight = jnp.swapaxes(slot_weight.reshape(*index.choice_of_slot.shape, 1), 0, 1)
-    grad_outputs = _gather_tokens(grad, index).astype(jnp.float32) * slot_weight
-    return grad_outputs.astype(outputs.dtype), grad_weight.astype(weight.dtype), None
+    slot_weight = _rows(weight.reshape(batch, -1, 1), flat_choice)[..., 0]
+    grad_outputs = _tokens_of_slots(grad.astype(outputs.dtype), index, slot_weight)
+    return grad_outputs, grad_weight.astype(weight.dtype), None
 
 
 _gather_tokens.defvjp(_gather_tokens_fwd, _gather_tokens_bwd)
