@@ -13,6 +13,7 @@ from moe_jax.experts import by_row
 from moe_jax.experts.by_row import Rows
 from moe_jax.ops.grouped import activate, group_of_rows
 from moe_jax.ops.segment_attention import segment_attention
+from moe_jax.quantization import dequantize
 
 LAYER_NORM_EPS = 1e-5
 
@@ -24,6 +25,11 @@ def dot_general(*args: Any, **kwargs: Any) -> Array:
     pass of its own; held back, the bias joins the activation that follows.
     """
     return jax.lax.optimization_barrier(jax.lax.dot_general(*args, **kwargs))
+
+
+def promote_dtype(x: Array, kernel: Any, bias: Array | None, *, dtype: Dtype) -> list[Any]:
+    """Flax's, for a matrix that may be quantised: it is multiplied out here."""
+    return nn.dtypes.promote_dtype(x, dequantize(kernel), bias, dtype=dtype)
 
 
 class ExpertOutput(NamedTuple):
@@ -61,7 +67,7 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, shape[1:]) if self.use_bias else None
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         if rows is not None:
             return by_row.linear(x, kernel, bias, rows.groups, self.activation)
         out = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
