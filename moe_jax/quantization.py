@@ -1,15 +1,13 @@
 """Experts' matrices in 8 bits for inference: stored small, multiplied out where they are read."""
 
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Float, Variables
 
-__all__ = ["dequantize", "quantize"]
-
-Name = Literal["int8", "float8"]
+__all__ = ["WithInputs", "dequantize", "product", "quantize"]
 
 # By default qwix lets the last step reach 127.5, and no largest weight would come back as it was.
 _HOW = {"int8": (jnp.int8, f"absmax,{127.5 / 127}"), "float8": (jnp.float8_e4m3fn, "absmax")}
@@ -18,7 +16,17 @@ _HOW = {"int8": (jnp.int8, f"absmax,{127.5 / 127}"), "float8": (jnp.float8_e4m3f
 _KEPT = ("confidence", "specialist_router")
 
 
-def quantize(variables: Variables, dtype: str) -> Variables:
+class WithInputs(NamedTuple):
+    """A quantised matrix whose inputs are to be quantised as well.
+
+    Attributes:
+        matrix: `qwix.QArray`.
+    """
+
+    matrix: Any
+
+
+def quantize(variables: Variables, dtype: str, *, inputs: bool = False) -> Variables:
     """Quantises the experts' matrices, which then take a quarter of the memory.
 
     Each matrix [E, I, J] becomes 8-bit values and one float32 scale per expert and output
@@ -29,17 +37,22 @@ def quantize(variables: Variables, dtype: str) -> Variables:
     Everything else stays as it is: biases, norms, confidence, routers, and what is no expert's.
 
     The result goes wherever `variables` went: `apply` and what is built on it, jitted or not,
-    under either dispatch, and checkpoints. It is for inference: the arithmetic is that of
-    the experts' compute dtype, and 8-bit values have no gradient. Experts of your own must be
-    made of `moe_jax.experts.base.Dense`.
+    under either dispatch, and checkpoints. It is for inference: 8-bit values have no gradient.
+    The arithmetic is that of the experts' compute dtype, unless `inputs` are quantised too.
+    Experts of your own must be made of `moe_jax.experts.base.Dense`.
 
     Args:
         variables: of a system, of a language model or of an `ExpertBank`, or only their
             parameters.
         dtype: "int8", or "float8", whose values are float8_e4m3fn.
+        inputs: quantise what the matrices are multiplied by too, each token with a scale of its
+            own when it comes. Buffers are then multiplied in 8 bits and summed in 32, by what the
+            device has for it. Rows (`dispatch="dropless"`), and the sub-specialists of
+            `SpecializedExpert`, are rounded alike and multiplied in the compute dtype.
 
     Returns:
-        The same tree, with a `qwix.QArray` for each of the experts' matrices.
+        The same tree, with a `qwix.QArray` for each of the experts' matrices, inside a
+        `WithInputs` if `inputs`.
 
     Raises:
         ValueError: the name is unknown, or the tree is quantised already or has no expert.
@@ -61,7 +74,7 @@ def quantize(variables: Variables, dtype: str) -> Variables:
         True
     """
     if dtype not in _HOW:
-        raise ValueError(f"dtype must be one of {list(get_args(Name))}, got {dtype!r}")
+        raise ValueError(f"dtype must be one of {list(_HOW)}, got {dtype!r}")
     if any(map(_is_quantized, jax.tree.leaves(variables, is_leaf=_is_quantized))):
         raise ValueError("variables must not be quantised already")
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
@@ -69,34 +82,64 @@ def quantize(variables: Variables, dtype: str) -> Variables:
         raise ValueError("variables must hold the matrices of experts, and there are none")
 
     def convert(path: Any, leaf: Any) -> Any:
-        return _quantized(leaf, dtype) if _is_matrix(path) else leaf
+        if not _is_matrix(path):
+            return leaf
+        matrix = _quantized(leaf, dtype, along=1)
+        return WithInputs(matrix) if inputs else matrix
 
     return jax.tree_util.tree_map_with_path(convert, variables)
 
 
-def dequantize(kernel: Any) -> Float[Array, "*J"]:
-    """Multiplies a quantised matrix out.
+def dequantize(x: Float[Array, "*B I"], kernel: Any) -> tuple[Float[Array, "*B I"], Any]:
+    """What a matmul of the usual kind takes in place of a quantised one.
 
     Args:
-        kernel: a `qwix.QArray` of any shape, or an array, which is given back as it is.
+        x: [..., I].
+        kernel: [I, ...], quantised or not.
 
     Returns:
-        The values times their scales, float32.
+        x, rounded to 8 bits if the kernel says so; and the matrix, float32 if it was quantised.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> dequantize(jnp.ones(2)).tolist()
-        [1.0, 1.0]
+        >>> [a.shape for a in dequantize(jnp.ones((5, 2)), jnp.ones((2, 3)))]
+        [(5, 2), (2, 3)]
     """
-    return _import_qwix().dequantize(kernel) if _is_quantized(kernel) else kernel
+    if isinstance(kernel, WithInputs):
+        kernel = kernel.matrix
+        x = _import_qwix().dequantize(_quantized_like(x, kernel)).astype(x.dtype)
+    if _is_quantized(kernel):
+        kernel = _import_qwix().dequantize(kernel)
+    return x, kernel
 
 
-def _quantized(matrix: Float[Array, "E I *J"], dtype: str) -> Any:
+def product(x: Float[Array, "*B I"], kernel: WithInputs) -> Float[Array, "*B J"]:
+    """Quantises x, multiplies 8 bits by 8 bits, and scales the sums.
+
+    Args:
+        x: [..., I].
+        kernel: [I, J].
+
+    Returns:
+        [..., J] float32.
+    """
+    contracted = (((x.ndim - 1,), (0,)), ((), ()))
+    x = _quantized_like(x, kernel.matrix)
+    return _import_qwix().dot_general(x, kernel.matrix, contracted)
+
+
+def _quantized_like(x: Float[Array, "*B I"], matrix: Any) -> Any:
+    name = next(name for name, (qtype, _) in _HOW.items() if matrix.qvalue.dtype == qtype)
+    return _quantized(x, name, along=x.ndim - 1)
+
+
+def _quantized(a: Float[Array, "..."], dtype: str, along: int) -> Any:
+    """A `qwix.QArray`, each scale being that of the values along one axis."""
     qtype, calibration = _HOW[dtype]
     return _import_qwix().quantize(
-        jnp.asarray(matrix, jnp.float32),  # the scales get this dtype
+        jnp.asarray(a, jnp.float32),  # the scales get this dtype
         qtype,
-        channelwise_axes=[axis for axis in range(matrix.ndim) if axis != 1],
+        channelwise_axes=[axis for axis in range(a.ndim) if axis != along],
         calibration_method=calibration,
     )
 
