@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ from random_variables import random_variables
 import moe_jax
 from moe_jax.checkpoint import CheckpointError, Checkpoints
 from moe_jax.config import smallest_run, tiny
+from moe_jax.data import Batch
 from moe_jax.experts import EXPERTS, ExpertBank, Rows
 from moe_jax.experts.base import Dense
 from moe_jax.lm import MoELanguageModel
 from moe_jax.ops.grouped import is_row, make_groups
+from moe_jax.quantization import dequantize
 from moe_jax.system import MoESystem
 
 qwix = pytest.importorskip("qwix")
@@ -117,6 +120,21 @@ def test_products_stay_within_what_the_roundings_allow(run, with_inputs, dtype):
 
 
 KINDS = ("transformer", "specialized", "swiglu", "mlp")
+
+
+@each_dtype
+def test_inputs_are_rounded_token_by_token(dtype):
+    rng = np.random.default_rng(2)
+    x = (rng.normal(size=(R, I)) * 10.0 ** rng.uniform(-3, 3, (R, 1))).astype(np.float32)
+    kernel = jax.tree.map(lambda a: a[0], quantized(matrices(), dtype, inputs=True))
+    rounded, matrix = dequantize(jnp.asarray(x), kernel)
+    off = np.abs(np.asarray(rounded, np.float64) - x)
+    assert np.all(off <= most_off(x, dtype, axis=1))
+    assert np.max(off / most_off(x, dtype, axis=1)) > 0.8
+    np.testing.assert_array_equal(matrix, qwix.dequantize(kernel.matrix))
+    x[1:] *= 100.0
+    among_others, _ = dequantize(jnp.asarray(x), kernel)
+    np.testing.assert_array_equal(among_others[0], rounded[0])
 
 
 @functools.cache
@@ -361,3 +379,32 @@ def test_without_qwix(monkeypatch):
     with pytest.raises(ImportError, match="qwix is not installed: pip install 'moe-jax\\[quantize"):
         moe_jax.quantize(variables, "int8")
     assert np.all(np.isfinite(on_buffers("mlp")(bank_variables("mlp"))))
+
+
+def test_the_experiment_compares_predictions():
+    sys.path.append(str(Path(__file__).parents[1] / "experiments"))
+    experiment = pytest.importorskip("quantize", reason="needs the repository, for experiments/")
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(B, S, 5)), jnp.float32)
+    is_valid = jnp.asarray(np.arange(S) < np.array([S, 3])[:, None])
+    targets = jnp.asarray(rng.integers(0, 5, (B, S)))
+    batch = Batch(targets, targets, is_valid, jnp.zeros((B, 2), int))
+
+    def against_logits(other):
+        found = (jax.device_get(experiment.compare(a, logits, batch)) for a in (other, logits))
+        return experiment.figures(*([sums, sums] for sums in found))
+
+    # What no window counts, and what is added to all logits of a position, changes nothing.
+    same = against_logits(jnp.where(is_valid[..., None], logits + 3.0, -logits))
+    assert (same["bytes"], same["same_argmax"]) == (2 * (S + 3), 1.0)
+    np.testing.assert_allclose([same["error"], same["more_bits"]], 0.0, atol=1e-6)
+
+    share = np.asarray(jax.nn.softmax(2 * logits), np.float64)
+    share = np.take_along_axis(share, np.asarray(targets)[..., None], axis=-1)[..., 0]
+    sharper = against_logits(2 * logits)
+    np.testing.assert_allclose(
+        sharper["bits_per_byte"], -np.log2(share)[np.asarray(is_valid)].mean(), rtol=1e-5
+    )
+    gap = sharper["bits_per_byte"] - same["bits_per_byte"]
+    np.testing.assert_allclose([sharper["error"], sharper["more_bits"]], [1.0, gap], rtol=1e-4)
+    assert against_logits(-logits)["same_argmax"] == 0.0
