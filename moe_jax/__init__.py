@@ -5,6 +5,7 @@ from moe_jax.config import MoEConfig as MoEConfig
 from moe_jax.config import RunConfig as RunConfig
 from moe_jax.config import TrainConfig as TrainConfig
 from moe_jax.graph import KnowledgeGraph as KnowledgeGraph
+from moe_jax.quantization import quantize as quantize
 from moe_jax.reports import DraftReports as DraftReports
 from moe_jax.routing import RoutingPlan as RoutingPlan
 from moe_jax.system import MoEOutput as MoEOutput

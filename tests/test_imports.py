@@ -12,7 +12,7 @@ import moe_jax
 ROOT = Path(moe_jax.__file__).parent
 LEVELS = [
     {"_types", "config"},
-    {"ops", "routing", "graph"},
+    {"ops", "routing", "graph", "quantization"},
     {"experts", "reports", "supervisor", "constellation", "librarian", "memory", "gnn"},
     {"system", "lm"},
     {"checkpoint", "training", "data", "interop", "monitoring", "sharding", "console"},

@@ -14,6 +14,7 @@ from moe_jax.experts.by_row import Rows
 from moe_jax.ops.dropout import dropout
 from moe_jax.ops.grouped import activate, group_of_rows
 from moe_jax.ops.segment_attention import segment_attention
+from moe_jax.quantization import WithInputs, dequantize, product
 
 LAYER_NORM_EPS = 1e-5
 
@@ -25,6 +26,11 @@ def dot_general(*args: Any, **kwargs: Any) -> Array:
     pass of its own; held back, the bias joins the activation that follows.
     """
     return jax.lax.optimization_barrier(jax.lax.dot_general(*args, **kwargs))
+
+
+def promote_dtype(x: Array, kernel: Any, bias: Array | None, *, dtype: Dtype) -> list[Any]:
+    """Flax's, for a matrix that may be quantised: it is multiplied out here."""
+    return nn.dtypes.promote_dtype(*dequantize(x, kernel), bias, dtype=dtype)
 
 
 class ExpertOutput(NamedTuple):
@@ -62,10 +68,13 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, shape[1:]) if self.use_bias else None
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        if rows is not None:
-            return by_row.linear(x, kernel, bias, rows.groups, self.activation)
-        out = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        if isinstance(kernel, WithInputs) and rows is None:
+            out, bias = nn.dtypes.promote_dtype(product(x, kernel), bias, dtype=self.dtype)
+        else:
+            x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+            if rows is not None:
+                return by_row.linear(x, kernel, bias, rows.groups, self.activation)
+            out = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         if bias is not None:
             out = out + bias.reshape((1,) * (x.ndim - 1) + shape[1:])
         return out if self.activation is None else activate(out, self.activation)

@@ -14,6 +14,7 @@ from moe_jax.experts.base import (
     LayerNorm,
     SelfAttention,
     dot_general,
+    promote_dtype,
 )
 from moe_jax.experts.by_row import Rows
 from moe_jax.ops.grouped import activate
@@ -138,7 +139,9 @@ class SpecializedExpert(TransformerExpert):
         """Adds the sub-specialists and their router to the layers."""
         super().setup()
         self.specialists = nn.DenseGeneral(
-            features=(self.num_specialists, self.hidden_dim), dtype=self.dtype
+            features=(self.num_specialists, self.hidden_dim),
+            dtype=self.dtype,
+            promote_dtype=promote_dtype,
         )
         self.specialist_router = nn.Dense(self.num_specialists, dtype=jnp.float32)
 
