@@ -5,15 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax._matrices import is_expert_matrix
 from moe_jax._types import Array, Float, Variables
 
 __all__ = ["WithInputs", "dequantize", "product", "quantize"]
 
 # By default qwix lets the last step reach 127.5, and no largest weight would come back as it was.
 _HOW = {"int8": (jnp.int8, f"absmax,{127.5 / 127}"), "float8": (jnp.float8_e4m3fn, "absmax")}
-
-# Small, inside an expert, and decisive: its confidence and its own router.
-_KEPT = ("confidence", "specialist_router")
 
 
 class WithInputs(NamedTuple):
@@ -78,11 +76,11 @@ def quantize(variables: Variables, dtype: str, *, inputs: bool = False) -> Varia
     if any(map(_is_quantized, jax.tree.leaves(variables, is_leaf=_is_quantized))):
         raise ValueError("variables must not be quantised already")
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
-    if not any(map(_is_matrix, paths)):
+    if not any(map(is_expert_matrix, paths)):
         raise ValueError("variables must hold the matrices of experts, and there are none")
 
     def convert(path: Any, leaf: Any) -> Any:
-        if not _is_matrix(path):
+        if not is_expert_matrix(path):
             return leaf
         matrix = _quantized(leaf, dtype, along=1)
         return WithInputs(matrix) if inputs else matrix
@@ -147,14 +145,6 @@ def _quantized(a: Float[Array, "..."], dtype: str, along: int) -> Any:
 def _is_quantized(leaf: Any) -> bool:
     # Asked of every matrix, quantised or not, so qwix need not be there.
     return hasattr(leaf, "qvalue")
-
-
-def _is_matrix(path: Any) -> bool:
-    """Whether a path leads to a matrix that an expert multiplies its tokens by."""
-    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    if names[-1] != "kernel" or "expert" not in names:
-        return False
-    return not any(name in _KEPT for name in names[names.index("expert") :])
 
 
 def _import_qwix() -> Any:

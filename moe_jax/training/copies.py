@@ -7,11 +7,10 @@ new value, writes a copy almost for free.
 
 import jax
 
+from moe_jax._matrices import is_expert_matrix
 from moe_jax._types import Array, Dtype, Variables
 
 __all__ = ["matrix_copies", "with_copies"]
-
-_FLOAT32 = ("confidence", "specialist_router")  # heads that compute in float32
 
 
 def matrix_copies(params: Variables, dtype: Dtype) -> dict[str, Array]:
@@ -26,15 +25,15 @@ def matrix_copies(params: Variables, dtype: Dtype) -> dict[str, Array]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> params = {"bank": {"expert": {"up": {"kernel": jnp.ones((2, 3, 4)), "bias": 1.0}}}}
+        >>> params = {"expert": {"up": {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones(4)}}}
         >>> {path: copy.dtype for path, copy in matrix_copies(params, jnp.bfloat16).items()}
-        {"['bank']['expert']['up']['kernel']": dtype(bfloat16)}
+        {"['expert']['up']['kernel']": dtype(bfloat16)}
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     return {
         jax.tree_util.keystr(path): leaf.astype(dtype)
         for path, leaf in leaves
-        if _is_matrix(path) and leaf.dtype != dtype
+        if is_expert_matrix(path) and leaf.dtype != dtype
     }
 
 
@@ -50,9 +49,9 @@ def with_copies(params: Variables, copies: dict[str, Array]) -> Variables:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> params = {"bank": {"kernel": jnp.ones((2, 3, 4))}, "table": jnp.ones(2)}
+        >>> params = {"expert": {"kernel": jnp.ones((2, 3, 4))}, "table": jnp.ones(2)}
         >>> both = with_copies(params, matrix_copies(params, jnp.bfloat16))
-        >>> both["bank"]["kernel"].dtype, both["table"].dtype
+        >>> both["expert"]["kernel"].dtype, both["table"].dtype
         (dtype(bfloat16), dtype('float32'))
     """
 
@@ -60,8 +59,3 @@ def with_copies(params: Variables, copies: dict[str, Array]) -> Variables:
         return copies.get(jax.tree_util.keystr(path), leaf)
 
     return jax.tree_util.tree_map_with_path(own, params)
-
-
-def _is_matrix(path: tuple) -> bool:
-    names = [getattr(part, "key", None) for part in path]
-    return "bank" in names and names[-1] == "kernel" and not set(names) & set(_FLOAT32)

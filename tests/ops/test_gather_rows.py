@@ -39,5 +39,5 @@ def test_products_are_rounded_once(implementation):
 
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="implementation must be .xla. or"):
+    with pytest.raises(ValueError, match=r"implementation must be .xla. or"):
         gather_rows(jnp.ones((2, 128)), jnp.zeros(32, jnp.int32), implementation="triton")
