@@ -9,6 +9,7 @@ import jax
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.experts.base import ExpertOutput
 from moe_jax.experts.by_row import Rows
+from moe_jax.ops.grouped import SUMS
 
 
 class ExpertBank(nn.Module):
@@ -77,7 +78,10 @@ class ExpertBank(nn.Module):
         if self.remat != "none":
             policy = None
             if self.remat == "dots":
-                policy = jax.checkpoint_policies.dots_saveable
+                policies = jax.checkpoint_policies
+                policy = policies.save_from_both_policies(
+                    policies.dots_saveable, policies.save_only_these_names(SUMS)
+                )
             run = nn.remat(run, policy=policy)
         stacked = nn.vmap(
             run,

@@ -78,7 +78,7 @@ def train(
     init_key, step_key = jax.random.split(jax.random.key(c.seed))
     state = create_state(model, optimizer, init_key)
     graph = create_graph(model)
-    keeper = _Keeper(config, directory)
+    keeper = Keeper(config, directory)
     if resume:
         state, graph = keeper.restore(state, graph)
     first = int(state.step)
@@ -186,7 +186,7 @@ class Evaluator:
         return jax.device_get(total)
 
 
-class _Keeper:
+class Keeper:
     """The run's checkpoints: everything at given steps, the graph by its own count of updates."""
 
     def __init__(self, config: RunConfig, directory: Path | None) -> None:
@@ -202,6 +202,7 @@ class _Keeper:
             )
 
     def save(self, state: TrainState, graph: KnowledgeGraph) -> None:
+        """Saves the state, and the graph besides if its updates are due."""
         step = int(jax.device_get(state.step))
         if self._run is not None:
             note = {"config": self._config.to_dict(), "data_position": step}
@@ -212,6 +213,7 @@ class _Keeper:
     def restore(
         self, state: TrainState, graph: KnowledgeGraph
     ) -> tuple[TrainState, KnowledgeGraph]:
+        """Returns the newest checkpoint's, or what it got if there is none."""
         if self._run is None or self._run.latest() is None:
             return state, graph
         _, tree, note = self._run.restore({"state": state.saved, "graph": graph})
@@ -223,6 +225,7 @@ class _Keeper:
         return TrainState(*tree["state"], copies), tree["graph"]
 
     def close(self) -> None:
+        """Waits until everything is on disk."""
         for checkpoints in (self._run, self._graphs):
             if checkpoints is not None:
                 checkpoints.close()

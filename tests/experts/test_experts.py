@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from random_variables import random_variables
 
 from moe_jax.experts import EXPERTS, ExpertBank, Rows, SpecializedExpert
@@ -241,6 +242,33 @@ def test_remat_gives_the_same_gradients(kind):
             gradients(remat),
             plain,
         )
+
+
+def count(jaxpr, name):
+    """Equations of a primitive, however deep."""
+    total = 0
+    for equation in jaxpr.eqns:
+        total += equation.primitive.name == name
+        for inner in jaxprs_in_params(equation.params):
+            total += count(inner, name)
+    return total
+
+
+@pytest.mark.parametrize("kind", ["transformer", "mlp", "swiglu"])
+def test_keeping_matmuls_repeats_none_of_them_on_rows(kind):
+    rows, x = some_rows()
+    args = x, is_row(rows.groups), jnp.zeros(x.shape[0], jnp.int32)
+
+    def matmuls(remat):
+        bank = ExpertBank(make(kind), num_experts=E, remat=remat)
+
+        def loss(variables):
+            return jnp.sum(bank.apply(variables, *args, rows=rows).output)
+
+        # On a CPU each grouped matmul is one choice of capacity.
+        return count(jax.make_jaxpr(jax.grad(loss))(bank_variables(kind)).jaxpr, "cond")
+
+    assert matmuls("dots") == matmuls("none") < matmuls("full")
 
 
 @each_kind

@@ -14,6 +14,7 @@ import pytest
 from moe_jax.checkpoint import CheckpointError, Checkpoints, GraphCheckpoints, complete_steps
 from moe_jax.config import smallest_run
 from moe_jax.data import load_corpus, training_batches
+from moe_jax.experts import ExpertBank, MLPExpert
 from moe_jax.graph import KnowledgeGraph, insert
 from moe_jax.lm import MoELanguageModel
 from moe_jax.training import (
@@ -22,9 +23,12 @@ from moe_jax.training import (
     make_eval_step,
     make_optimizer,
     make_train_step,
+    matrix_copies,
     read_metrics,
     train,
+    with_copies,
 )
+from moe_jax.training.loop import Keeper
 
 CONFIG = smallest_run()
 ONE_LAYER = CONFIG.replace(model=CONFIG.model.replace(num_layers=1))
@@ -142,6 +146,51 @@ def test_bfloat16_remat_dropout_and_memory_reading_train_together(corpus):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
     gate = state.params["blocks_1"]["system"]["memory"]["gate"]
     assert float(jnp.abs(gate).max()) > 0
+
+
+def test_copies_follow_the_parameters(corpus, tmp_path):
+    low = ONE_LAYER.model.moe.replace(compute_dtype="bfloat16")
+    config = ONE_LAYER.replace(model=ONE_LAYER.model.replace(moe=low))
+    model, state, step, batches = setup(config, corpus)
+    fresh = jax.tree.map(jnp.copy, state)
+    state, graph, _ = step(
+        state, create_graph(model), jax.device_put(batches[0]), jax.random.key(1)
+    )
+    assert state.copies
+    assert all(path.endswith("['kernel']") for path in state.copies)
+    assert same(state.copies, matrix_copies(state.params, "bfloat16"))
+    assert not same(state.copies, fresh.copies)
+    # Checkpoints are without them, and they come back.
+    keeper = Keeper(config, tmp_path)
+    keeper.save(state, graph)
+    restored, _ = keeper.restore(fresh, graph)
+    keeper.close()
+    assert same(restored, state)
+
+
+def test_float32_needs_no_copies(corpus):
+    assert setup(ONE_LAYER, corpus)[1].copies == {}
+
+
+def test_gradients_of_copies_are_those_of_what_they_copy():
+    bank = ExpertBank(MLPExpert(8, 4, dtype=jnp.bfloat16), num_experts=2)
+    x = jax.random.normal(jax.random.key(1), (2, 8, 4))
+    slots = jnp.ones((2, 8), bool), jnp.zeros((2, 8), jnp.int32)
+    params = jax.jit(bank.init)(jax.random.key(0), x, *slots)["params"]
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        output = bank.apply({"params": params}, x, *slots).output
+        return jnp.mean(jnp.square(output.astype(jnp.float32)))
+
+    value, grads = loss(params)
+    other_value, other_grads = loss(with_copies(params, matrix_copies(params, jnp.bfloat16)))
+    np.testing.assert_allclose(other_value, value, rtol=1e-3)
+    # bfloat16 has eight bits, and the compiler rounds at other places in the two programs.
+    for other, own in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True):
+        error = jnp.linalg.norm(other.astype(jnp.float32) - own)
+        assert float(error) <= 0.02 * float(jnp.linalg.norm(own)) + 1e-9
 
 
 def test_resume_repeats_the_unbroken_run_number_for_number(corpus, tmp_path):

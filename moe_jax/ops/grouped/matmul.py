@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax._types import Array, Float, Int
 from moe_jax.ops.grouped import _hopper, _portable
@@ -16,6 +17,9 @@ def _swiglu(x: Float[Array, "*B J"]) -> Float[Array, "*B H"]:
     gate, up = jnp.split(x, 2, axis=-1)
     return jax.nn.silu(gate) * up
 
+
+SUMS = "grouped_matmul"
+"""By this name a policy of `jax.checkpoint` keeps the products that the gradient needs."""
 
 _ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -166,7 +170,7 @@ def _linear(
 
 
 def _linear_fwd(x, w, bias, groups, implementation, activation):
-    sums = _linear(x, w, bias, groups, implementation, None)
+    sums = checkpoint_name(_linear(x, w, bias, groups, implementation, None), SUMS)
     return activate(sums, activation), (x, w, bias, groups, sums if activation else None)
 
 
