@@ -163,8 +163,8 @@ def test_copies_follow_the_parameters(corpus, tmp_path):
     # Checkpoints are without them, and they come back.
     keeper = Keeper(config, tmp_path)
     keeper.save(state, graph)
-    restored, _ = keeper.restore(fresh, graph)
     keeper.close()
+    restored, _ = Keeper(config, tmp_path).restore(fresh, graph)
     assert same(restored, state)
 
 
