@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,16 @@ _ON_DEVICE = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
 BALANCE_RATE = 0.02
 BALANCE_STEPS = 300
 LEARNING_RATE = 1e-4
+
+
+class Training(NamedTuple):
+    """The state of a training step: what it donates."""
+
+    variables: Any
+    copies: dict[str, jax.Array]
+    moments: Any
+    graph: KnowledgeGraph | None
+    key: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,11 +275,11 @@ def _training_step(system: MoESystem, variables: Any, graph: KnowledgeGraph | No
             moved = balanced_bias(bias_of(variables), out.stats.load, rate)
             variables = with_bias(variables, moved)
         copies = matrix_copies(variables, dtype)
-        return (variables, copies, moments, graph, key), (value, out.stats)
+        return Training(variables, copies, moments, graph, key), (value, out.stats)
 
     copies = jax.jit(matrix_copies, static_argnums=1)(variables, dtype)
     moments = jax.jit(optimizer.init)(variables)
-    state = (variables, copies, moments, graph, jax.random.key(1))
+    state = Training(variables, copies, moments, graph, jax.random.key(1))
     return jax.jit(step, donate_argnums=0), state
 
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from bench_system import SystemCase, cast_experts, half_full, make_step
 from harness import GIB, machine, peak_bytes, planned_bytes
-from seed_defaults import Case, cast_experts, half_full, make_step
 
 from moe_jax import MoESystem
 from moe_jax.config import MoEConfig, colab, h100, tiny
@@ -84,7 +84,8 @@ def build(task: Task, config: MoEConfig) -> tuple[Callable, Any, Any]:
     """The plain step, (fixed, state, x) -> (state, results), its fixed part and its state."""
     system = MoESystem(config)
     if task == "training":
-        train, state = make_step(system, Case("training + write", 0, 0))
+        case = SystemCase("training/step+write", 0, 0, "float32", config)
+        train, state = make_step(system, case)
 
         def training_step(fixed: None, state: Any, x: jax.Array) -> tuple[Any, dict]:
             state, (loss, _) = train.__wrapped__(state, x)
@@ -170,7 +171,7 @@ def first_numbers(run: Runner, inputs: list[jax.Array]) -> dict[str, np.ndarray]
         if "loss" in results:
             losses.append(results.pop("loss"))
             if len(losses) == 1:  # The first moment is a tenth of the gradient.
-                results["gradient"] = _sample(optax.tree_utils.tree_get(run.state[1], "mu"))
+                results["gradient"] = _sample(optax.tree_utils.tree_get(run.state, "mu"))
         numbers = numbers or results
     return numbers | ({"losses": np.stack(losses)} if losses else {})
 

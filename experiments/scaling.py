@@ -23,10 +23,10 @@ import harness
 import jax
 import numpy as np
 import tyro
+from bench_system import SystemCase, cast_experts, half_full, make_step
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
-from seed_defaults import Case, cast_experts, half_full, make_step
 
 from moe_jax import MoESystem
 from moe_jax.config import MoEConfig, colab, h100, tiny
@@ -108,7 +108,8 @@ def prepare(curve: str, value: int, size: Size) -> tuple[Callable, Callable[[Any
     system = MoESystem(config)
     x = jax.random.normal(jax.random.key(3), (batch, length, config.input_dim))
     if what == "training":
-        step, state = make_step(system, Case("training", batch, length))
+        case = SystemCase("training/step", batch, length, "float32", config)
+        step, state = make_step(system, case)
         return step, lambda result: (result[0] if result else state, x)
 
     @jax.jit
