@@ -70,6 +70,23 @@ def optimisations(request):
     jax.config.update("jax_disable_most_optimizations", loose)
 
 
+@pytest.fixture(autouse=True)
+def full_products(request):
+    """Multiplies float32 in float32 on a GPU, too, but in the tests that are about GPUs."""
+    if jax.default_backend() == "gpu" and "gpu" not in request.keywords:
+        with jax.default_matmul_precision("float32"):
+            yield
+    else:
+        yield
+
+
+@pytest.fixture
+def eight_devices():
+    """Skips where there are fewer; a CPU has as many virtual ones."""
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices")
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=place)
     if jax.default_backend() == "gpu":

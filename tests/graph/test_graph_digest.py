@@ -114,6 +114,7 @@ def test_the_place_and_the_sizes_count(graph):
     assert len({digest_hex(g) for g in empty}) == len(sizes)
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_no_sharding_changes_it(graph):
     mesh = jax.make_mesh((4, 2), ("n", "d"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 

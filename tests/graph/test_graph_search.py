@@ -90,6 +90,7 @@ def test_batching_does_not_change_a_bit(large):
         jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[0], b[i]), alone, whole)
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_a_mesh_does_not_change_a_bit():
     rng = np.random.default_rng(3)
     graph, _ = insert(KnowledgeGraph.create(64, 16), rng.normal(size=(24, 16)))

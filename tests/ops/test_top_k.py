@@ -81,6 +81,7 @@ def test_the_check_sees_a_sort():
     assert whole_sorts(lambda x: jnp.sort(x, axis=1), jnp.zeros((3, 5000)))
 
 
+@pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("chunk_size", [None, 16])
 def test_rows_may_be_sharded(chunk_size):
     x = np.random.default_rng(0).normal(size=(16, 3000)).astype(np.float32)

@@ -247,6 +247,7 @@ def test_incomplete_and_damaged_checkpoints(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_restore_moves_to_the_current_mesh(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"w": jnp.arange(16.0)})
