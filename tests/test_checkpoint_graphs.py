@@ -198,9 +198,10 @@ def test_what_cannot_be_restored_is_refused_in_one_line(tmp_path):
         GraphCheckpoints(tmp_path / "other").restore(NEW)
 
 
-@pytest.mark.usefixtures("eight_devices")
 def over_eight(graph):
     """The graph with its slots spread over eight devices."""
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices")
     mesh = jax.make_mesh((8,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
     spread, whole = (
         jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in [("n",), ()]

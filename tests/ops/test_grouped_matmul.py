@@ -261,3 +261,36 @@ def test_bad_input():
         grouped_matmul(x, w, sizes, implementation="cuda")
     with pytest.raises(ValueError, match="wants an NVIDIA Hopper GPU"):
         grouped_matmul(x, w, sizes, implementation="mosaic")
+
+
+@pytest.mark.parametrize("size", [[2, 0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 9, 0, 0, 1]])
+def test_few_rows_read_the_matrices_of_their_groups_alone(size):
+    rng = np.random.default_rng(0)
+    num_rows, used = sum(size), np.array(size) > 0
+    x = rng.normal(size=(num_rows, 16)).astype(np.float32)
+    w = rng.normal(size=(8, 16, 24)).astype(np.float32)
+    poisoned = np.where(used[:, None, None], w, np.nan)
+    group = np.repeat(np.arange(8), size)
+
+    def run(x, w):
+        return grouped_matmul(x, w, jnp.array(size))
+
+    out, pull = jax.jit(functools.partial(jax.vjp, run))(x, poisoned)
+    np.testing.assert_allclose(out, np.einsum("ri,rij->rj", x, w[group]), rtol=1e-5, atol=1e-5)
+    grad_x, grad_w = pull(out)
+    np.testing.assert_allclose(grad_x, np.einsum("rj,rij->ri", out, w[group]), rtol=1e-4, atol=1e-4)
+    wanted = np.zeros_like(w)
+    np.add.at(wanted, group, np.einsum("ri,rj->rij", x, out))
+    np.testing.assert_allclose(grad_w, wanted, rtol=1e-4, atol=1e-4)
+    # Nothing of the size of all matrices is computed on the way.
+    text = jax.jit(run).lower(x, w).compile().as_text()
+    assert "f32[8,64," not in text
+
+
+@pytest.mark.parametrize(
+    ("row_tiles", "parts", "wanted"), [(1000, 1, 256), (8, 1, 64), (8, 2, 128)]
+)
+def test_few_tiles_are_narrow(row_tiles, parts, wanted):
+    assert _hopper.tiling_for(512, 128, row_tiles, parts).columns == wanted
+    assert _hopper.tiling_for(512, 96, row_tiles) is None
+    assert _hopper.tiling_for(96, 128, row_tiles) is None

@@ -42,20 +42,26 @@ class Tiling:
     sweep: int = 12
 
 
-def tiling_for(columns: int, depth: int | None) -> Tiling | None:
+def tiling_for(
+    columns: int, depth: int | None, num_row_tiles: int, num_parts: int = 1
+) -> Tiling | None:
     """A tiling that divides the sizes; None where there is none.
 
     Args:
         columns: of the result.
         depth: of the contraction; None where it is the rows of a group, which always divide.
+        num_row_tiles: how many tiles there may be along the rows of the result.
+        num_parts: accumulators that share a tile's columns.
     """
     if depth is not None and depth % 64:
         return None
-    for width in (256, 128, 64):
-        if columns % width == 0:
-            # Narrow tiles are short of work per byte, and have room for more steps.
-            return Tiling(columns=width, stages=4 if width == 256 else 6)
-    return None
+    least = SWIZZLED * num_parts
+    widths = [width for width in (256, 128, 64) if columns % width == 0 and width >= least]
+    # Few rows are a matter of reading the matrices, which takes all multiprocessors.
+    busy = [width for width in widths if num_row_tiles * columns // width >= _num_programs()]
+    width = busy[0] if busy else widths[-1] if widths else 0
+    # Narrow tiles are short of work per byte, and have room for more steps.
+    return Tiling(columns=width, stages=4 if width == 256 else 6) if width else None
 
 
 def takes(x: jax.Array, w_shape: tuple[int, ...]) -> bool:
@@ -131,14 +137,14 @@ def rows_by_matrices(
     width = w.shape[1] if transpose else w.shape[2]
     is_gated, is_biased = activation == "swiglu", bias is not None
     outer = width // 2 if is_gated else width
-    tiling = tiling or tiling_for(width, x.shape[1])
+    parts = 1 + is_gated
+    tiling = tiling or tiling_for(width, x.shape[1], groups.block_group.shape[0], parts)
     if tiling is None or (is_gated and (is_biased or transpose or outer % 128)):
         raise ValueError(f"w must have sizes that 64 divides (128 if gated), got {w.shape}")
     kernel = functools.partial(
         rows_kernel, tiling=tiling, inner=x.shape[1], outer=outer, num_groups=groups.num_groups,
         transpose=transpose, activation=activation, is_biased=is_biased,
     )  # fmt: skip
-    parts = 1 + is_gated
     columns = tiling.columns // parts
     step = (parts, columns, tiling.depth) if transpose else (parts, tiling.depth, columns)
     rows = x.shape[0]
@@ -174,7 +180,7 @@ def rows_by_rows(
         [E, I, J].
     """
     inner, outer = x.shape[1], y.shape[1]
-    tiling = tiling or tiling_for(outer, None)
+    tiling = tiling or tiling_for(outer, None, groups.num_groups * inner // ROWS)
     if tiling is None or inner % ROWS:
         raise ValueError(f"x and y must be 128 and 64 times some width, got {inner} and {outer}")
     kernel = functools.partial(

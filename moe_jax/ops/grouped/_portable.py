@@ -2,7 +2,9 @@
 
 Where no group is much larger than the mean, groups are gathered into buffers of one capacity and
 multiplied in one batched matmul; a few capacities are compiled and the smallest that holds the
-largest group is taken at run time. Where none does, a loop goes over blocks of 64 rows.
+largest group is taken at run time. Where none does, a loop goes over blocks of 64 rows. Where there
+are no more blocks than groups, as in decoding, the loop goes over blocks at once and reads only the
+matrices of groups that have rows; if none has more than 8, of each block it takes the first 8.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from moe_jax._types import Array, Float, Int
 from moe_jax.ops.grouped.groups import BLOCK, Groups, is_row
 
 _OVER_THE_MEAN = (1.25, 2.0, 4.0)
+_FEW = 8
 
 
 def rows_by_matrices(
@@ -27,13 +30,14 @@ def rows_by_matrices(
         nothing = jnp.zeros((groups.num_rows, w.shape[2]), x.dtype)
         return nothing.at[row].set(out.astype(x.dtype), mode="drop")
 
-    def by_blocks() -> Array:
+    def by_blocks(height: int) -> Array:
         def one(block: tuple[Array, Array]) -> Array:
             rows, group = block
-            return jnp.dot(rows, w[group], preferred_element_type=jnp.float32).astype(x.dtype)
+            out = jnp.dot(rows, w[group], preferred_element_type=jnp.float32).astype(x.dtype)
+            return jnp.pad(out, ((0, BLOCK - height), (0, 0)))
 
         # A block of no group takes the last matrix, and its rows are masked below.
-        blocks = x.reshape(-1, BLOCK, x.shape[1])
+        blocks = x.reshape(-1, BLOCK, x.shape[1])[:, :height]
         out = jax.lax.map(one, (blocks, groups.block_group)).reshape(groups.num_rows, -1)
         return jnp.where(is_row(groups)[:, None], out, 0)
 
@@ -50,11 +54,11 @@ def rows_by_rows(
         out = jnp.einsum("eci,ecj->eij", left, right, preferred_element_type=jnp.float32)
         return out.astype(x.dtype)
 
-    def by_blocks() -> Array:
+    def by_blocks(height: int) -> Array:
         counts = is_row(groups)[:, None]
         left, right = (
-            jnp.where(counts, a, 0).reshape(-1, BLOCK, a.shape[1]) for a in (x, y)
-        )  # fmt: skip
+            jnp.where(counts, a, 0).reshape(-1, BLOCK, a.shape[1])[:, :height] for a in (x, y)
+        )
 
         def add(sums: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
             a, b, group = block
@@ -68,16 +72,19 @@ def rows_by_rows(
 
 
 def _smallest(
-    groups: Groups, padded: Callable[[int], Array], by_blocks: Callable[[], Array]
+    groups: Groups, padded: Callable[[int], Array], by_blocks: Callable[[int], Array]
 ) -> Array:
-    """Runs `padded` with the smallest capacity that holds every group, else `by_blocks`."""
+    """Runs what does the least work for the largest group: a buffer or blocks of some height."""
+    largest = jnp.max(groups.size)
+    if groups.block_group.shape[0] <= groups.num_groups:
+        return jax.lax.cond(largest <= _FEW, lambda: by_blocks(_FEW), lambda: by_blocks(BLOCK))
     mean = groups.num_rows / groups.num_groups
     capacities = sorted({-(-int(factor * mean) // BLOCK) * BLOCK for factor in _OVER_THE_MEAN})
     # A buffer for all rows in every group is never needed: blocks are less work.
     capacities = [c for c in capacities if c < groups.num_rows] or [groups.num_rows]
-    fits = jnp.searchsorted(jnp.array(capacities), jnp.max(groups.size))
+    fits = jnp.searchsorted(jnp.array(capacities), largest)
     branches = [lambda c=c: padded(c) for c in capacities]
-    return jax.lax.switch(fits, [*branches, by_blocks])
+    return jax.lax.switch(fits, [*branches, lambda: by_blocks(BLOCK)])
 
 
 def _buffers(

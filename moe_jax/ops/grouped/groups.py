@@ -38,7 +38,8 @@ class Groups(NamedTuple):
 
 def padded_rows(num_rows: int, num_groups: int) -> int:
     """R that holds `num_rows` rows however they are spread over the groups."""
-    return (num_rows + num_groups * (BLOCK - 1)) // BLOCK * BLOCK
+    # No more groups than rows have any, and each of those fills its last block in part.
+    return (num_rows + min(num_rows, num_groups) * (BLOCK - 1)) // BLOCK * BLOCK
 
 
 def make_groups(size: Int[Array, "E"], num_rows: int) -> Groups:
@@ -49,7 +50,7 @@ def make_groups(size: Int[Array, "E"], num_rows: int) -> Groups:
         num_rows: the most rows that there can be, known before compilation.
 
     Returns:
-        The layout, of R = (num_rows + 63 * E) // 64 * 64 rows.
+        The layout, of `padded_rows(num_rows, E)` rows.
 
     Example:
         >>> import jax.numpy as jnp
