@@ -3,8 +3,8 @@
 Where no group is much larger than the mean, groups are gathered into buffers of one capacity and
 multiplied in one batched matmul; a few capacities are compiled and the smallest that holds the
 largest group is taken at run time. Where none does, a loop goes over blocks of 64 rows. Where there
-are no more blocks than groups, as in decoding, the loop goes over blocks at once and reads only the
-matrices of groups that have rows; if none has more than 8, of each block it takes the first 8.
+are half as many blocks as groups, as in decoding, the loop comes first, since it reads the matrices
+of those groups only that have rows; if none has more than 8, of each block it takes the first 8.
 """
 
 from collections.abc import Callable
@@ -75,11 +75,13 @@ def _smallest(
     groups: Groups, padded: Callable[[int], Array], by_blocks: Callable[[int], Array]
 ) -> Array:
     """Runs what does the least work for the largest group: a buffer or blocks of some height."""
-    largest = jnp.max(groups.size)
-    if groups.block_group.shape[0] <= groups.num_groups:
+    largest, num_blocks = jnp.max(groups.size), groups.block_group.shape[0]
+    if 2 * num_blocks <= groups.num_groups:
         return jax.lax.cond(largest <= _FEW, lambda: by_blocks(_FEW), lambda: by_blocks(BLOCK))
     mean = groups.num_rows / groups.num_groups
     capacities = sorted({-(-int(factor * mean) // BLOCK) * BLOCK for factor in _OVER_THE_MEAN})
+    if num_blocks <= groups.num_groups:
+        capacities = [_FEW, *capacities]
     # A buffer for all rows in every group is never needed: blocks are less work.
     capacities = [c for c in capacities if c < groups.num_rows] or [groups.num_rows]
     fits = jnp.searchsorted(jnp.array(capacities), largest)
