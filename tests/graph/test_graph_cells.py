@@ -1,6 +1,5 @@
 """Cells: every live node in one place, searches equal to exact ones where all is probed."""
 
-import functools
 import importlib
 
 import graph_oracle
@@ -8,69 +7,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells_cases import (
+    KEY,
+    D,
+    K,
+    L,
+    N,
+    P,
+    V,
+    add,
+    all_alike,
+    assert_sound,
+    build,
+    exact,
+    probe,
+    random_graph,
+    update,
+    write_all,
+)  # fmt: skip
 from graph_cases import random_keys
 
 from moe_jax.graph import (
     KnowledgeGraph,
     build_cells,
-    insert,
     num_missing,
     refine_cells,
-    search,
     search_cells,
     update_cells,
 )
-from moe_jax.graph.state import with_keys
-from moe_jax.ops import normalize
+from moe_jax.ops import encode, normalize
 
 probe_module = importlib.import_module("moe_jax.graph.probe")
-places_module = importlib.import_module("moe_jax.graph._places")
 in_cells_module = importlib.import_module("moe_jax.ops.nearest_in_cells")
-N, D, L, P, V, K = 60, 4, 5, 16, 8, 7
-KEY = jax.random.key(0)
-build = functools.partial(
-    build_cells, num_cells=L, slots_per_cell=P, overflow_slots=V, iterations=3, key=KEY
-)
-exact = jax.jit(search, static_argnames="k")
-probe = jax.jit(search_cells, static_argnames=("k", "probes", "first_pass"))
-update = jax.jit(update_cells, donate_argnums=1)
-add = jax.jit(functools.partial(insert, merge_threshold=2.0))  # copies become nodes of their own
-
-
-@jax.jit
-def write_all(graph, keys):
-    return with_keys(graph, jnp.arange(len(keys)), keys)
-
-
-def random_graph(seed):
-    rows = 50
-    rng = np.random.default_rng(seed)
-    graph, _ = add(
-        KnowledgeGraph.create(N, D),
-        random_keys(rng, rows, D),
-        expert_id=rng.integers(3, size=rows),
-        kind=rng.integers(3, size=rows),
-        confidence=rng.choice([0.0, 0.5, 0.9], size=rows).astype(np.float32),
-    )
-    return graph._replace(is_live=graph.is_live & jnp.asarray(rng.random(N) < 0.9))
-
-
-def assert_sound(graph, cells, slots=P):
-    """Each live node in the one place it says, unless it has none; every other place empty."""
-    members, overflow = np.asarray(cells.members), np.asarray(cells.overflow)
-    places = np.concatenate([members.ravel(), overflow])
-    np.testing.assert_array_equal(cells.counts, (members < N).sum(axis=1))
-    assert members.shape[1] == slots
-    taken = places[places < N]
-    assert len(set(taken)) == len(taken)
-    for node, place in enumerate(np.asarray(cells.place)):
-        if place < len(places):
-            assert places[place] == node
-            assert bool(graph.is_live[node])
-        else:
-            assert place == len(places)
-            assert node not in taken
-    assert int(num_missing(graph, cells)) == int(graph.num_live) - len(taken)
 
 
 @pytest.mark.parametrize("first_pass", ["keys", "codes"])
@@ -118,13 +86,6 @@ def test_few_probes_find_what_is_in_those_cells():
                         for n in seen - {N})  # fmt: skip
         expected = [n for _, n in scored[:K]] + [N] * (K - len(scored[:K]))
         np.testing.assert_array_equal(hits.ids[q], expected)
-
-
-def all_alike():
-    """A full graph of one key."""
-    keys = jnp.tile(jnp.eye(D)[:1], (N, 1))
-    graph = with_keys(KnowledgeGraph.create(N, D), jnp.arange(N), keys)
-    return graph._replace(is_live=jnp.ones(N, bool))
 
 
 def test_equal_scores_go_to_the_lowest_ids():
@@ -176,97 +137,6 @@ def test_an_update_puts_nodes_where_a_build_does():
     jax.tree.map(np.testing.assert_array_equal, again, build(graph))
 
 
-# 12 cells of 5 places and 4 more are 64 places for 60 nodes.
-tight = functools.partial(
-    build_cells, num_cells=12, slots_per_cell=5, overflow_slots=4, iterations=3, key=KEY
-)
-
-
-def crowded(seed):
-    """A full graph, nine tenths of it near copies of one key, and cells that are far from alike."""
-    rng = np.random.default_rng(seed)
-    keys = rng.normal(size=(N, D))
-    keys[6:] = keys[0] + 1e-3 * rng.normal(size=(N - 6, D))
-    graph = write_all(all_alike(), np.asarray(normalize(jnp.asarray(keys, jnp.float32))))
-    apart = normalize(jnp.asarray(rng.normal(size=(12, D)), jnp.float32))
-    return graph, tight(KnowledgeGraph.create(N, D))._replace(centroids=apart)
-
-
-def assert_nearest_with_room(graph, cells):
-    """Every cell nearer to a node than its own is full, and four are where it has none."""
-    cosine = np.asarray(graph.key) @ np.asarray(cells.centroids).T
-    slots, is_full = cells.members.shape[1], np.asarray(cells.counts) == cells.members.shape[1]
-    for node in np.flatnonzero(graph.is_live):
-        cell = int(cells.place[node]) // slots
-        order = np.argsort(-cosine[node], kind="stable")
-        ahead = order[:4] if cell >= len(is_full) else order[: list(order).index(cell)]
-        assert is_full[ahead].all()
-
-
-@pytest.mark.parametrize("at_once", [7, 4096])
-def test_nobody_goes_without_a_place_while_there_is_room(at_once, monkeypatch):
-    monkeypatch.setattr(places_module, "_SEEKERS", at_once)
-    jax.clear_caches()
-    for seed in range(4):
-        graph, cells = crowded(seed)
-        found = refine_cells(graph, cells, key=KEY, iterations=0)
-        assert_sound(graph, found, slots=5)
-        assert_nearest_with_room(graph, found)
-        assert int(num_missing(graph, found)) == 0
-        np.testing.assert_array_equal(found.centroids, cells.centroids)
-        again = refine_cells(graph, cells, key=KEY, iterations=0)
-        jax.tree.map(np.testing.assert_array_equal, again, found)
-        for part in np.random.default_rng(seed).permutation(N).reshape(3, 20).astype(np.int32):
-            cells = update(graph, cells, part)
-        assert_sound(graph, cells, slots=5)
-        assert int(num_missing(graph, cells)) == 0
-        assert_nearest_with_room(graph, cells)
-        queries = random_keys(np.random.default_rng(seed), 8, D)
-        hits = probe(graph, found, queries, k=K, probes=12, first_pass="keys")
-        jax.tree.map(np.testing.assert_array_equal, hits, exact(graph, queries, k=K))
-    jax.clear_caches()
-
-
-def test_every_place_may_be_taken():
-    graph = all_alike()
-    cells = tight(graph, overflow_slots=1, num_cells=12)  # 61 places
-    assert int(num_missing(graph, cells)) == 0
-    cells = build(graph, slots_per_cell=11, overflow_slots=5)
-    assert_sound(graph, cells, slots=11)
-    assert int(num_missing(graph, cells)) == 0
-    assert int(cells.members.max()) < N
-    assert int(cells.overflow.max()) < N
-
-
-def test_nodes_without_a_cell_open_unused_ones():
-    graph = random_graph(4)
-    cells = tight(KnowledgeGraph.create(N, D))
-    cells = update(graph, cells, np.arange(20, dtype=np.int32))
-    live = np.flatnonzero(graph.is_live)
-    live = live[live < 20]
-    opened = live[4:16]  # four are in the overflow list, twelve open cells
-    np.testing.assert_array_equal(cells.centroids, np.asarray(graph.key)[opened])
-    assert_sound(graph, cells, slots=5)
-    assert int(cells.counts.min()) >= 1
-    assert int(cells.counts.sum()) == len(live) - 4
-    queries = graph.key[opened]
-    hits = probe(graph, cells, queries, k=1, probes=1, first_pass="keys")
-    np.testing.assert_allclose(hits.scores, 1.0, atol=1e-6)
-
-
-def test_what_has_no_place_is_counted_and_gets_one_later():
-    graph, everyone = all_alike(), np.resize(np.arange(N), 80).astype(np.int32)
-    cells = build(KnowledgeGraph.create(N, D), slots_per_cell=8)
-    cells = update(graph, cells, everyone)
-    assert_sound(graph, cells, slots=8)
-    assert cells.counts.tolist() == [8] * L
-    assert int(num_missing(graph, cells)) == N - 8 * L - V
-    graph = graph._replace(is_live=jnp.arange(N) >= 50)
-    cells = update(graph, cells, everyone)
-    assert_sound(graph, cells, slots=8)
-    assert int(num_missing(graph, cells)) == 0
-
-
 def test_refining_improves_stale_cells():
     rng = np.random.default_rng(0)
     keys = np.repeat(rng.normal(size=(6, D)), 10, axis=0) + 0.05 * rng.normal(size=(N, D))
@@ -312,6 +182,29 @@ def test_recall_of_few_probes_on_clusters():
     truth = np.argsort(-queries @ keys.T, axis=1)[:, :10]
     found = np.asarray(probe(graph, cells, queries, k=10, probes=16).ids)
     assert np.mean((truth[:, :, None] == found[:, None]).any(2)) > 0.95
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_the_first_pass_keeps_three_times_as_many_as_are_asked_for(implementation):
+    rng = np.random.default_rng(0)
+    crowd = rng.normal(size=(1, 64)) + 0.15 * rng.normal(size=(500, 64))  # codes mix them up
+    keys = np.asarray(normalize(jnp.asarray(crowd, jnp.float32)))
+    graph = write_all(KnowledgeGraph.create(500, 64), keys)
+    graph = graph._replace(is_live=jnp.ones(500, bool))
+    queries = keys[:20] + 2e-2 * rng.normal(size=(20, 64)).astype(np.float32)
+    cells = build_cells(graph, 4, key=KEY, iterations=1)
+    found = search_cells(graph, cells, queries, k=10, probes=4, implementation=implementation)
+    unit, code = normalize(queries), encode(graph.key)
+    coded = encode(unit)  # the kernels multiply codes by codes
+    by_code = unit if implementation == "xla" else coded.code * coded.scale[:, None]
+    by_code = np.asarray(by_code @ (code.code * code.scale[:, None]).T)
+    truth, kept = np.argsort(-np.asarray(unit) @ keys.T, axis=1)[:, :10], []
+    for count in (16, 32):
+        best = np.argsort(-by_code, axis=1)[:, :count]
+        kept.append(np.mean((truth[:, :, None] == best[:, None]).any(2)))
+    recall = np.mean((truth[:, :, None] == np.asarray(found.ids)[:, None]).any(2))
+    assert kept[0] + 0.01 < recall
+    assert abs(recall - kept[1]) <= 0.01
 
 
 def test_many_queries_are_searched_in_parts(monkeypatch):
