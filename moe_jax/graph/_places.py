@@ -8,7 +8,7 @@ from moe_jax.ops.spherical_kmeans import nearest_centroids
 
 __all__ = ["once", "seat", "turns"]
 
-# So many rows look for a cell at once.
+# At most so many rows look for a cell at once, and fewer of few, since few of those are left.
 _SEEKERS = 4096
 
 
@@ -95,10 +95,11 @@ def seek(
       (cell, turn and centroids after).
     """
     rows, num_cells = keys.shape[0], room.shape[0]
+    at_once = min(rows, _SEEKERS, max(64, rows // 64))
 
     def one(state: tuple[Array, ...]) -> tuple[Array, ...]:
         cell, turn, used, centroids, is_left, _ = state
-        row = _first(is_left, min(rows, _SEEKERS))
+        row = _first(is_left, at_once)
         key = keys[jnp.minimum(row, rows - 1)]
         has_room, is_used = used < room, jnp.any(centroids != 0.0, axis=1)
         near, fit = nearest_centroids(key, jnp.where(has_room[:, None], centroids, 0.0), tries)
