@@ -68,7 +68,7 @@ class Options:
         spread: length of the noise beside the unit direction.
         rank: dimensions of the noise; 0 for all.
         recall_queries: queries that recall is taken over.
-        queue: calls in a row for one timing.
+        queue: calls in a row for one timing; 0 to measure recall alone.
         repeats: timings, of which the median is given.
         seed: of everything.
         json: also write the figures to this file.
@@ -232,22 +232,23 @@ def measure(options: Options) -> dict[str, Any]:
     )
     started = time.perf_counter()
     cells = jax.block_until_ready(build(key=jax.random.key(options.seed + 3)))
-    first_build = time.perf_counter() - started
-    started = time.perf_counter()
-    cells = jax.block_until_ready(build(key=jax.random.key(options.seed + 3)))
+    spent = {"build_with_compiling_s": time.perf_counter() - started}
+    if options.queue:
+        started = time.perf_counter()
+        cells = jax.block_until_ready(build(key=jax.random.key(options.seed + 3)))
+        spent["build_s"] = time.perf_counter() - started
+        spent |= maintenance(graph, cells, options)
     figures = {
         "options": {name: str(value) for name, value in vars(options).items()},
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "live": int(graph.num_live),
-        "build_s": time.perf_counter() - started,
-        "build_with_compiling_s": first_build,
         "cells": cells.members.shape,
         "largest_cell": int(cells.counts.max()),
         "full_cells": int((cells.counts == cells.members.shape[1]).sum()),
         "in_overflow": int((cells.overflow < options.num_nodes).sum()),
         "missing": int(num_missing(graph, cells)),
-        **maintenance(graph, cells, options),
+        **spent,
     }
     state = (graph, cells)
     parts = [queries[i : i + 64] for i in range(0, options.recall_queries, 64)]
@@ -256,21 +257,23 @@ def measure(options: Options) -> dict[str, Any]:
         return search(state[0], q, options.k, reproducible=options.reproducible)
 
     truth = jnp.concatenate([exact((graph, None), part).ids for part in parts])
-
-    base = {batch: timings(exact, state, options, queries, batch) for batch in options.batches}
-    figures["exact"] = [{"batch": batch} | base[batch] for batch in options.batches]
+    batches = options.batches if options.queue else ()
+    base = {batch: timings(exact, state, options, queries, batch) for batch in batches}
+    figures["exact"] = [{"batch": batch} | base[batch] for batch in batches]
     figures["rows"] = []
     for probes in options.probes:
         find = functools.partial(_probe, options, probes)
         found = jnp.concatenate([find(state, part).ids for part in parts])
-        for batch in options.batches:
-            row = {"probes": probes, "batch": batch}
-            row["recall"] = recall(found, truth, options.num_nodes)
-            row |= timings(find, state, options, queries, batch)
-            for name in ("us_queued", "us_inside"):
-                row[name.replace("us", "gain")] = base[batch][name] / row[name]
-            figures["rows"].append(row)
+        of_probes = {"probes": probes, "recall": recall(found, truth, options.num_nodes)}
+        rows = [of_probes | {"batch": batch} for batch in batches] or [of_probes]
+        for row in rows:
+            if batches:
+                batch = row["batch"]
+                row |= timings(find, state, options, queries, batch)
+                for name in ("us_queued", "us_inside"):
+                    row[name.replace("us", "gain")] = base[batch][name] / row[name]
             print({name: round(value, 4) for name, value in row.items()}, flush=True)
+        figures["rows"] += rows
     return figures
 
 

@@ -9,14 +9,15 @@ from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int, PRNGKey
 from moe_jax.graph._arguments import ids, is_live_at
-from moe_jax.graph._places import bid, once
+from moe_jax.graph._places import once, seat
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops.spherical_kmeans import nearest_centroids, spherical_kmeans
 
 __all__ = ["Cells", "build_cells", "num_missing", "refine_cells", "update_cells"]
 
 _CHOICES = 4
-"""How many cells a node tries, the most similar first, before it goes to the overflow list."""
+"""How many cells a node tries, the most similar first, before it goes to the overflow list.
+Once that is full, it tries as many of those with room, until it has a place."""
 _BALANCE = 1.5
 """Cells above so many times the mean are split while learning; they have twice the mean places."""
 
@@ -79,7 +80,8 @@ def build_cells(
     """Cut the live nodes into cells by balanced spherical k-means.
 
     Where more nodes want a cell than it has places, those nearest to its centroid get them; the
-    others try their second to fourth choice, and then the overflow list.
+    others try their second to fourth choice, then the overflow list, and then further cells, so
+    that every node has a place if there are as many places as nodes.
 
     Args:
       graph: the graph.
@@ -145,7 +147,9 @@ def update_cells(graph: KnowledgeGraph, cells: Cells, node_id: ArrayLike) -> Cel
 
     A dead node leaves its place. A live one that is not in its most similar cell leaves its place,
     too, and takes a free one as in `build_cells`; of several that want the same cell, the nearest
-    come first. Centroids stay, so call `refine_cells` once many nodes have come and gone.
+    come first. Where the overflow list and all nearest cells are full, a node opens an unused cell,
+    whose centroid it becomes. Other centroids stay, so call `refine_cells` once many nodes have
+    come and gone.
 
     Args:
       graph: the graph after the change.
@@ -182,15 +186,18 @@ def update_cells(graph: KnowledgeGraph, cells: Cells, node_id: ArrayLike) -> Cel
     left_cell = jnp.where(left < inside, left // slots, num_cells)
     counts = cells.counts.at[left_cell].add(-1, mode="drop")
     choices = jnp.where(is_moved[:, None], choices, num_cells)
-    cell, turn = bid(choices, fit, slots - counts)
+    cell, turn, spare, centroids = seat(
+        graph.key[row], is_live & is_moved, choices, fit,
+        cells.centroids, slots - counts, cells.overflow == nodes,
+    )  # fmt: skip
     is_empty = cells.members[jnp.minimum(cell, num_cells - 1)] == nodes
     is_turn = is_empty & (jnp.cumsum(is_empty, axis=1) == turn[:, None] + 1)
     slot = jnp.argmax(is_turn, axis=1).astype(jnp.int32)
-    place = jnp.where(cell < num_cells, cell * slots + slot, nowhere)
-    place = _spill(cells, place, is_live & is_moved & (cell == num_cells))
+    place = jnp.where(cell < num_cells, cell * slots + slot, inside + spare)
     at = jnp.where(is_moved, node_id, nodes)
     cells = _write(cells, place, node_id)
     return cells._replace(
+        centroids=centroids,
         counts=counts.at[cell].add(1, mode="drop"),
         place=cells.place.at[at].set(place, mode="drop"),
     )
@@ -261,11 +268,14 @@ def _fill(graph: KnowledgeGraph, centroids: Float[Array, "L D"], slots: int, spa
         place=jnp.full(nodes, inside + spare, jnp.int32),
     )
     choices, fit = _choices(graph.key, graph.is_live, centroids)
-    cell, turn = bid(choices, fit, jnp.full(num_cells, slots, jnp.int32))
-    place = jnp.where(cell < num_cells, cell * slots + turn, cells.num_places)
-    place = _spill(cells, place, graph.is_live & (cell == num_cells))
+    room = jnp.full(num_cells, slots, jnp.int32)
+    cell, turn, spilled, centroids = seat(
+        graph.key, graph.is_live, choices, fit, centroids, room, cells.overflow == nodes
+    )
+    place = jnp.where(cell < num_cells, cell * slots + turn, inside + spilled)
     cells = _write(cells, place, jnp.arange(nodes, dtype=jnp.int32))
-    return cells._replace(place=place, counts=cells.counts.at[cell].add(1, mode="drop"))
+    counts = cells.counts.at[cell].add(1, mode="drop")
+    return cells._replace(centroids=centroids, counts=counts, place=place)
 
 
 def _choices(
@@ -275,16 +285,6 @@ def _choices(
     num_cells = centroids.shape[0]
     choices, fit = nearest_centroids(keys, centroids, min(_CHOICES, num_cells))
     return jnp.where(is_live[:, None], choices, num_cells), fit
-
-
-def _spill(cells: Cells, place: Int[Array, "R"], is_left: Bool[Array, "R"]) -> Int[Array, "R"]:
-    """Places in the overflow list for the rows that are left, in order, while there are any."""
-    spare = cells.overflow.shape[0]
-    is_free = cells.overflow == cells.place.shape[0]
-    free = jnp.nonzero(is_free, size=spare, fill_value=spare)[0].astype(jnp.int32)
-    turn = jnp.cumsum(is_left, dtype=jnp.int32) - 1
-    at = free.at[jnp.maximum(turn, 0)].get(mode="fill", fill_value=spare)
-    return jnp.where(is_left, cells.num_inside + at, place)
 
 
 def _write(cells: Cells, place: Int[Array, "R"], value: Int[Array, "R"]) -> Cells:

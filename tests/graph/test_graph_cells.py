@@ -1,6 +1,5 @@
 """Cells: every live node in one place, searches equal to exact ones where all is probed."""
 
-import functools
 import importlib
 
 import graph_oracle
@@ -8,68 +7,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells_cases import (
+    KEY,
+    D,
+    K,
+    L,
+    N,
+    P,
+    V,
+    add,
+    all_alike,
+    assert_sound,
+    build,
+    exact,
+    probe,
+    random_graph,
+    update,
+    write_all,
+)  # fmt: skip
 from graph_cases import random_keys
 
 from moe_jax.graph import (
     KnowledgeGraph,
     build_cells,
-    insert,
     num_missing,
     refine_cells,
-    search,
     search_cells,
     update_cells,
 )
-from moe_jax.graph.state import with_keys
-from moe_jax.ops import normalize
+from moe_jax.ops import encode, normalize
 
 probe_module = importlib.import_module("moe_jax.graph.probe")
 in_cells_module = importlib.import_module("moe_jax.ops.nearest_in_cells")
-N, D, L, P, V, K = 60, 4, 5, 16, 8, 7
-KEY = jax.random.key(0)
-build = functools.partial(
-    build_cells, num_cells=L, slots_per_cell=P, overflow_slots=V, iterations=3, key=KEY
-)
-exact = jax.jit(search, static_argnames="k")
-probe = jax.jit(search_cells, static_argnames=("k", "probes", "first_pass"))
-update = jax.jit(update_cells, donate_argnums=1)
-add = jax.jit(functools.partial(insert, merge_threshold=2.0))  # copies become nodes of their own
-
-
-@jax.jit
-def write_all(graph, keys):
-    return with_keys(graph, jnp.arange(len(keys)), keys)
-
-
-def random_graph(seed):
-    rows = 50
-    rng = np.random.default_rng(seed)
-    graph, _ = add(
-        KnowledgeGraph.create(N, D),
-        random_keys(rng, rows, D),
-        expert_id=rng.integers(3, size=rows),
-        kind=rng.integers(3, size=rows),
-        confidence=rng.choice([0.0, 0.5, 0.9], size=rows).astype(np.float32),
-    )
-    return graph._replace(is_live=graph.is_live & jnp.asarray(rng.random(N) < 0.9))
-
-
-def assert_sound(graph, cells, slots=P):
-    """Each live node in the one place it says, unless it has none; every other place empty."""
-    members, overflow = np.asarray(cells.members), np.asarray(cells.overflow)
-    places = np.concatenate([members.ravel(), overflow])
-    np.testing.assert_array_equal(cells.counts, (members < N).sum(axis=1))
-    assert members.shape[1] == slots
-    taken = places[places < N]
-    assert len(set(taken)) == len(taken)
-    for node, place in enumerate(np.asarray(cells.place)):
-        if place < len(places):
-            assert places[place] == node
-            assert bool(graph.is_live[node])
-        else:
-            assert place == len(places)
-            assert node not in taken
-    assert int(num_missing(graph, cells)) == int(graph.num_live) - len(taken)
 
 
 @pytest.mark.parametrize("first_pass", ["keys", "codes"])
@@ -117,13 +86,6 @@ def test_few_probes_find_what_is_in_those_cells():
                         for n in seen - {N})  # fmt: skip
         expected = [n for _, n in scored[:K]] + [N] * (K - len(scored[:K]))
         np.testing.assert_array_equal(hits.ids[q], expected)
-
-
-def all_alike():
-    """A full graph of one key."""
-    keys = jnp.tile(jnp.eye(D)[:1], (N, 1))
-    graph = with_keys(KnowledgeGraph.create(N, D), jnp.arange(N), keys)
-    return graph._replace(is_live=jnp.ones(N, bool))
 
 
 def test_equal_scores_go_to_the_lowest_ids():
@@ -175,20 +137,6 @@ def test_an_update_puts_nodes_where_a_build_does():
     jax.tree.map(np.testing.assert_array_equal, again, build(graph))
 
 
-def test_what_has_no_place_is_counted_and_gets_one_later():
-    graph, everyone = all_alike(), np.resize(np.arange(N), 80).astype(np.int32)
-    cells = build(KnowledgeGraph.create(N, D))
-    cells = cells._replace(centroids=cells.centroids.at[2].set(jnp.eye(D)[0]))
-    cells = update(graph, cells, everyone)
-    assert_sound(graph, cells)
-    assert cells.counts.tolist() == [0, 0, P, 0, 0]
-    assert int(num_missing(graph, cells)) == N - P - V
-    graph = graph._replace(is_live=jnp.arange(N) >= 50)
-    cells = update(graph, cells, everyone)
-    assert_sound(graph, cells)
-    assert int(num_missing(graph, cells)) == 0
-
-
 def test_refining_improves_stale_cells():
     rng = np.random.default_rng(0)
     keys = np.repeat(rng.normal(size=(6, D)), 10, axis=0) + 0.05 * rng.normal(size=(N, D))
@@ -234,6 +182,29 @@ def test_recall_of_few_probes_on_clusters():
     truth = np.argsort(-queries @ keys.T, axis=1)[:, :10]
     found = np.asarray(probe(graph, cells, queries, k=10, probes=16).ids)
     assert np.mean((truth[:, :, None] == found[:, None]).any(2)) > 0.95
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_the_first_pass_keeps_three_times_as_many_as_are_asked_for(implementation):
+    rng = np.random.default_rng(0)
+    crowd = rng.normal(size=(1, 64)) + 0.15 * rng.normal(size=(500, 64))  # codes mix them up
+    keys = np.asarray(normalize(jnp.asarray(crowd, jnp.float32)))
+    graph = write_all(KnowledgeGraph.create(500, 64), keys)
+    graph = graph._replace(is_live=jnp.ones(500, bool))
+    queries = keys[:20] + 2e-2 * rng.normal(size=(20, 64)).astype(np.float32)
+    cells = build_cells(graph, 4, key=KEY, iterations=1)
+    found = search_cells(graph, cells, queries, k=10, probes=4, implementation=implementation)
+    unit, code = normalize(queries), encode(graph.key)
+    coded = encode(unit)  # the kernels multiply codes by codes
+    by_code = unit if implementation == "xla" else coded.code * coded.scale[:, None]
+    by_code = np.asarray(by_code @ (code.code * code.scale[:, None]).T)
+    truth, kept = np.argsort(-np.asarray(unit) @ keys.T, axis=1)[:, :10], []
+    for count in (16, 32):
+        best = np.argsort(-by_code, axis=1)[:, :count]
+        kept.append(np.mean((truth[:, :, None] == best[:, None]).any(2)))
+    recall = np.mean((truth[:, :, None] == np.asarray(found.ids)[:, None]).any(2))
+    assert kept[0] + 0.01 < recall
+    assert abs(recall - kept[1]) <= 0.01
 
 
 def test_many_queries_are_searched_in_parts(monkeypatch):
