@@ -24,6 +24,9 @@ ACTIVATIONS = ("gelu_tanh", "swiglu")
 """What a kernel takes of its sums before it stores them."""
 
 
+_LARGE = 2**23  # numbers in a matrix
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiling:
     """How a kernel cuts its work.
@@ -42,26 +45,28 @@ class Tiling:
     sweep: int = 12
 
 
-def tiling_for(
-    columns: int, depth: int | None, num_row_tiles: int, num_parts: int = 1
-) -> Tiling | None:
+def tiling_for(columns: int, other: int, num_row_tiles: int, num_parts: int = 1) -> Tiling | None:
     """A tiling that divides the sizes; None where there is none.
 
     Args:
         columns: of the result.
-        depth: of the contraction; None where it is the rows of a group, which always divide.
+        other: the matrices' other size.
         num_row_tiles: how many tiles there may be along the rows of the result.
         num_parts: accumulators that share a tile's columns.
     """
-    if depth is not None and depth % 64:
-        return None
     least = SWIZZLED * num_parts
     widths = [width for width in (256, 128, 64) if columns % width == 0 and width >= least]
+    if not widths or other % 64:
+        return None
     # Few rows are a matter of reading the matrices, which takes all multiprocessors.
     busy = [width for width in widths if num_row_tiles * columns // width >= _num_programs()]
-    width = busy[0] if busy else widths[-1] if widths else 0
-    # Narrow tiles are short of work per byte, and have room for more steps.
-    return Tiling(columns=width, stages=4 if width == 256 else 6) if width else None
+    width = busy[0] if busy else widths[-1]
+    if width < 256:
+        # Narrow tiles are short of work per byte, and have room for more steps.
+        return Tiling(columns=width, stages=6)
+    # Measured: with large matrices three stages are up to 6 % faster than four, with small ones
+    # up to 8 % slower.
+    return Tiling(stages=3 if columns * other >= _LARGE else 4)
 
 
 def takes(x: jax.Array, w_shape: tuple[int, ...]) -> bool:
@@ -180,7 +185,7 @@ def rows_by_rows(
         [E, I, J].
     """
     inner, outer = x.shape[1], y.shape[1]
-    tiling = tiling or tiling_for(outer, None, groups.num_groups * inner // ROWS)
+    tiling = tiling or tiling_for(outer, inner, groups.num_groups * inner // ROWS)
     if tiling is None or inner % ROWS:
         raise ValueError(f"x and y must be 128 and 64 times some width, got {inner} and {outer}")
     kernel = functools.partial(
