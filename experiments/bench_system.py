@@ -19,7 +19,12 @@ from moe_jax.graph.state import with_keys
 from moe_jax.ops import normalize
 from moe_jax.routing import balanced_bias
 from moe_jax.supervisor import BALANCE_BIAS, Supervisor
-from moe_jax.training import matrix_copies, with_copies, write_before_update
+from moe_jax.training import (
+    matrix_copies,
+    store_in_bfloat16,
+    with_copies,
+    write_before_update,
+)
 
 _ON_DEVICE = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
 BALANCE_RATE = 0.02
@@ -48,6 +53,7 @@ class SystemCase:
         params: dtype of the experts' parameters.
         config: of the system.
         on_device: let the device decide loops and branches, an option of XLA off by default.
+        moments: dtype in which AdamW's moments of matrices are stored.
     """
 
     step: str
@@ -56,12 +62,14 @@ class SystemCase:
     params: str
     config: MoEConfig
     on_device: bool = False
+    moments: str = "float32"
 
     @property
     def name(self) -> str:
         """What `--only` selects by."""
         extra = "" if self.config.remat == "none" else f"/remat-{self.config.remat}"
         extra += "/loops-on-device" if self.on_device else ""
+        extra += "" if self.moments == "float32" else f"/moments-{self.moments}"
         return f"{self.step}/{self.batch}x{self.length}/{self.params}{extra}"
 
     @property
@@ -230,7 +238,7 @@ def make_step(system: MoESystem, case: SystemCase) -> tuple[Callable, Any]:
         variables = balance(config, variables, case.batch, case.length)
     graph = jax.jit(lambda: half_full(system.create_graph()))() if case.writes else None
     if case.trains:
-        return _training_step(system, variables, graph)
+        return _training_step(system, variables, graph, case.moments)
     if case.writes:
         write = system.inference_step()
 
@@ -249,8 +257,12 @@ def make_step(system: MoESystem, case: SystemCase) -> tuple[Callable, Any]:
     return forward_step, (variables,)
 
 
-def _training_step(system: MoESystem, variables: Any, graph: KnowledgeGraph | None):
+def _training_step(
+    system: MoESystem, variables: Any, graph: KnowledgeGraph | None, moments_dtype: str
+):
     optimizer = optax.adamw(LEARNING_RATE)
+    if moments_dtype == "bfloat16":
+        optimizer = store_in_bfloat16(optimizer)
     rate, dtype = system.config.balance_bias_rate, system.config.compute_dtype
 
     def loss(variables, x, key):
@@ -302,4 +314,5 @@ def cases(smoke: bool) -> list[SystemCase]:
     ]
     found.append(SystemCase("system/forward+write", *sizes[0], "bfloat16", config, True))
     found.append(SystemCase("training/step", *again, "float32", config.replace(remat="full")))
+    found.append(SystemCase("training/step", *again, "float32", config, moments="bfloat16"))
     return sorted(found, key=lambda case: case.step.split("/")[0])

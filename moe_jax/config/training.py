@@ -3,7 +3,7 @@
 import dataclasses
 
 from moe_jax.config.base import Config, between, divides, not_negative, positive
-from moe_jax.config.moe import MoEConfig
+from moe_jax.config.moe import DtypeName, MoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,8 @@ class TrainConfig(Config):
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: AdamW's epsilon.
+        moment_dtype: dtype that AdamW's moments of matrices are stored in; see
+            `moe_jax.training.store_in_bfloat16`.
         clip_norm: largest global gradient norm.
         accumulate: gradient accumulation: micro-batches per step; divides batch_size.
         confidence_weight: weight of the loss that teaches the experts' confidence to match the
@@ -104,6 +106,7 @@ class TrainConfig(Config):
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    moment_dtype: DtypeName = "float32"
     clip_norm: float = 1.0
     accumulate: int = 1
     confidence_weight: float = 0.1

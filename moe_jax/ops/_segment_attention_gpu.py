@@ -14,7 +14,8 @@ __all__ = ["backward", "forward"]
 
 BLOCK = 64
 _LOW = -1e30
-_STEP = 32  # rows that the gradient's loops take at a time: 64 would spill registers
+# Keys, or whatever a loop goes along, that it takes at a time; 64 in the gradient would spill.
+_FORWARD_STEP, _STEP = 64, 32
 
 
 def forward(
@@ -110,7 +111,7 @@ def _segment_forward_kernel(
 
     def add(other, sums):
         top, total, out = sums
-        others = _rows(other)
+        others = _rows(other, _FORWARD_STEP)
         is_seen = _seen(who, rows, others)
         scores = _product(q, qkv_ref[others, key], ((1,), (1,))) * scale
         higher = jnp.maximum(top, jnp.max(jnp.where(is_seen, scores, _LOW), axis=1))
@@ -121,7 +122,9 @@ def _segment_forward_kernel(
         return higher, total * fade + jnp.sum(share, axis=1), out * fade[:, None] + mixed
 
     start = jnp.full((BLOCK,), _LOW), jnp.zeros((BLOCK,)), jnp.zeros((BLOCK, width))
-    top, total, out = jax.lax.fori_loop(first_ref[block], last_ref[block] + 1, add, start)
+    per_block = BLOCK // _FORWARD_STEP
+    touched = first_ref[block] * per_block, (last_ref[block] + 1) * per_block
+    top, total, out = jax.lax.fori_loop(*touched, add, start)
     known = jnp.where(total > 0, total, 1.0)
     out_ref[rows, pl.ds(head * width, width)] = (out / known[:, None]).astype(out_ref.dtype)
     log_total_ref[head, rows] = jnp.where(total > 0, top + jnp.log(known), -_LOW)

@@ -1,13 +1,13 @@
 """Dropout whose mask is a hash of key and place: cheap enough to be made again, never stored."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax._types import Array, Bool, Float, PRNGKey, UInt32
+from moe_jax._types import Array, Float, PRNGKey, UInt32
+from moe_jax.ops._hashed import hashed_bits
 
 __all__ = ["dropout"]
 
@@ -15,10 +15,8 @@ __all__ = ["dropout"]
 def dropout(x: Float[Array, "*B"], rate: float, key: PRNGKey) -> Float[Array, "*B"]:
     """Zeroes each entry with probability `rate` and scales the others by 1 / (1 - rate).
 
-    Srivastava et al. (2014). Which entries, is a hash of the key and the entry's place: a dozen
-    integer operations that fuse with what makes `x`, where drawing a number by Threefry would be
-    the longer part. The gradient makes the mask again. The stream is good enough for this, and not
-    for anything else.
+    Srivastava et al. (2014). Which entries, is a hash of the key and the entry's place, which fuses
+    with what makes `x`; the gradient makes the mask again.
 
     Args:
         x: [...].
@@ -44,8 +42,9 @@ def dropout(x: Float[Array, "*B"], rate: float, key: PRNGKey) -> Float[Array, "*
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _drop(x: Float[Array, "*B"], seed: UInt32[Array, "2"], rate: float) -> Float[Array, "*B"]:
+    is_kept = hashed_bits(x.shape, seed) >= jnp.uint32(round(rate * 2**32))
     scale = jnp.asarray(1 / (1 - rate), x.dtype)
-    return jnp.where(_is_kept(x.shape, seed, rate), x * scale, jnp.zeros((), x.dtype))
+    return jnp.where(is_kept, x * scale, jnp.zeros((), x.dtype))
 
 
 def _drop_fwd(x, seed, rate):
@@ -59,25 +58,3 @@ def _drop_bwd(rate, seed, grad):
 
 
 _drop.defvjp(_drop_fwd, _drop_bwd)
-
-
-def _is_kept(shape: tuple[int, ...], seed: UInt32[Array, "2"], rate: float) -> Bool[Array, "*B"]:
-    """Whether the hash of each entry's place is at least the rate."""
-    place = jnp.zeros(shape, jnp.uint32)
-    for axis, size in enumerate(shape):
-        # Places from 2^32 on repeat, further apart than anything that meets them.
-        step = math.prod(shape[axis + 1 :]) % 2**32
-        if size > 1:
-            place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(step)
-    return _hash(place, seed) >= jnp.uint32(round(rate * 2**32))
-
-
-def _hash(place: UInt32[Array, "*B"], seed: UInt32[Array, "2"]) -> UInt32[Array, "*B"]:
-    """Mixes 32 bits with 64 of a key: multiply and fold, with the constants of "lowbias32"."""
-    x = place * jnp.uint32(0x9E3779B9) + seed[0]
-    x ^= x >> 16
-    x *= jnp.uint32(0x7FEB352D)
-    x ^= seed[1]
-    x ^= x >> 15
-    x *= jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)

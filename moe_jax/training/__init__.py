@@ -10,6 +10,7 @@ from moe_jax.training.metrics import as_record as as_record
 from moe_jax.training.metrics import health_record as health_record
 from moe_jax.training.metrics import read_metrics as read_metrics
 from moe_jax.training.metrics import summarise_eval as summarise_eval
+from moe_jax.training.moments import store_in_bfloat16 as store_in_bfloat16
 from moe_jax.training.state import TrainState as TrainState
 from moe_jax.training.state import create_graph as create_graph
 from moe_jax.training.state import create_state as create_state

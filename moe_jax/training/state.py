@@ -13,6 +13,7 @@ from moe_jax.graph import KnowledgeGraph
 from moe_jax.lm import MoELanguageModel
 from moe_jax.system import MoESystem
 from moe_jax.training.copies import matrix_copies
+from moe_jax.training.moments import store_in_bfloat16
 
 
 class SavedState(NamedTuple):
@@ -69,16 +70,17 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         decay_steps=max(config.steps, warmup + 1),
         end_value=config.learning_rate * config.final_fraction,
     )
+    adamw = optax.adamw(
+        schedule,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=_is_decayed,
+    )
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule,
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=_is_decayed,
-        ),
+        store_in_bfloat16(adamw) if config.moment_dtype == "bfloat16" else adamw,
         optax.masked(optax.scale(config.router_rate_scale), _named("supervisor")),
         optax.masked(optax.scale(config.table_rate_scale), _named("table")),
     )
