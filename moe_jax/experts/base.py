@@ -28,7 +28,7 @@ def dot_general(*args: Any, **kwargs: Any) -> Array:
     return jax.lax.optimization_barrier(jax.lax.dot_general(*args, **kwargs))
 
 
-def promote_dtype(x: Array, kernel: Any, bias: Array | None, *, dtype: Dtype) -> list[Any]:
+def promote_dtype(x: Array, kernel: Any, bias: Any, *, dtype: Dtype) -> list[Any]:
     """Flax's, for a matrix that may be quantised: it is multiplied out here."""
     return nn.dtypes.promote_dtype(*dequantize(x, kernel), bias, dtype=dtype)
 
@@ -104,7 +104,7 @@ class _Norm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         if rows is None:
-            scale, bias = (a.reshape(*one, -1) for a in (scale, bias))
+            scale, bias = (jnp.asarray(a).reshape(*one, -1) for a in (scale, bias))
         else:
             scale, bias = (by_row.spread(x, a, rows.groups) for a in (scale, bias))
         return _layer_norm(x, scale, bias, self.dtype)
