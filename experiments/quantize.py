@@ -26,7 +26,7 @@ from moe_jax.config import RunConfig, byte_lm
 from moe_jax.data import Batch, held_out_batches, load_corpus
 from moe_jax.graph import KnowledgeGraph
 from moe_jax.lm import MoELanguageModel
-from moe_jax.training import train
+from moe_jax.training import matrix_copies, train, with_copies
 from moe_jax.training.run import open_run
 
 MIB = 2**20
@@ -95,22 +95,12 @@ def compare(logits: jax.Array, reference: jax.Array, batch: Batch) -> Sums:
     )
 
 
-def is_quantized(leaf: Any) -> bool:
-    return hasattr(leaf, "qvalue")
-
-
-def stored(params: Any) -> dict[str, Any]:
-    """The parameters with the experts' matrices in each way."""
-    int8 = moe_jax.quantize(params, "int8")
-    half = jax.tree.map(
-        lambda new, old: old.astype(jnp.bfloat16) if is_quantized(new) else old,
-        *(int8, params),
-        is_leaf=is_quantized,
-    )
+def stored(params: Any, copies: dict[str, jax.Array]) -> dict[str, Any]:
+    """The parameters with the experts' matrices in each way; `copies` are those in bfloat16."""
     return {
         "float32": params,
-        "bfloat16": half,
-        "int8": int8,
+        "bfloat16": with_copies(params, copies),
+        "int8": moe_jax.quantize(params, "int8"),
         "int8, inputs too": moe_jax.quantize(params, "int8", inputs=True),
         "float8": moe_jax.quantize(params, "float8"),
         "float8, inputs too": moe_jax.quantize(params, "float8", inputs=True),
@@ -145,7 +135,8 @@ def measure(config: RunConfig, params: Any, graph: KnowledgeGraph, options: Opti
         context=c.eval_context,
     )
     reference, predict = (predictor(config, options, d) for d in ("float32", options.compute))
-    ways = stored(params)
+    copies = matrix_copies(params, "bfloat16")
+    ways = stored(params, copies)
     sums: dict[str, list[Sums]] = {"reference": [], **{name: [] for name in ways}}
     for i, batch in enumerate(map(jax.device_put, batches)):
         wanted = reference(params, graph, batch)
@@ -155,8 +146,7 @@ def measure(config: RunConfig, params: Any, graph: KnowledgeGraph, options: Opti
             sums[name].append(jax.device_get(compare(logits, wanted, batch)))
         if i % 8 == 0:
             say(f"batch {i + 1} of {len(batches)}")
-    leaves = jax.tree.leaves(ways["int8"], is_leaf=is_quantized)
-    rest = num_bytes([leaf for leaf in leaves if not is_quantized(leaf)])
+    rest = num_bytes(ways["bfloat16"]) - num_bytes(copies)
     return [
         {
             "matrices": name,

@@ -87,6 +87,11 @@ def _rows(block: Any, size: int = BLOCK) -> Any:
     return pl.ds(block * size, size)
 
 
+def _touched(first_ref, last_ref, block, step):
+    """The first and one after the last of the steps that a block touches."""
+    return first_ref[block] * (BLOCK // step), (last_ref[block] + 1) * (BLOCK // step)
+
+
 def _seen(who, queries, keys):
     """Which keys each query sees, [queries, keys]."""
     start_ref, valid_ref, position_ref = who
@@ -122,8 +127,7 @@ def _segment_forward_kernel(
         return higher, total * fade + jnp.sum(share, axis=1), out * fade[:, None] + mixed
 
     start = jnp.full((BLOCK,), _LOW), jnp.zeros((BLOCK,)), jnp.zeros((BLOCK, width))
-    per_block = BLOCK // _FORWARD_STEP
-    touched = first_ref[block] * per_block, (last_ref[block] + 1) * per_block
+    touched = _touched(first_ref, last_ref, block, _FORWARD_STEP)
     top, total, out = jax.lax.fori_loop(*touched, add, start)
     known = jnp.where(total > 0, total, 1.0)
     out_ref[rows, pl.ds(head * width, width)] = (out / known[:, None]).astype(out_ref.dtype)
@@ -139,8 +143,7 @@ def _segment_backward_kernel(
     query, key, value = (pl.ds((i * heads + head) * width, width) for i in range(3))
     own_grad = pl.ds(head * width, width)
     who = start_ref, valid_ref, position_ref
-    per_block = BLOCK // _STEP
-    touched = first_ref[block] * per_block, (last_ref[block] + 1) * per_block
+    touched = _touched(first_ref, last_ref, block, _STEP)
 
     def shares(q, queries, k, keys):
         """The softmax's weights, [queries, keys]."""
@@ -153,8 +156,11 @@ def _segment_backward_kernel(
         pull = _product(g, v, ((1,), (1,))) - dots_ref[head, queries][:, None]
         return (shares(q, queries, k, keys) * pull * scale).astype(q.dtype)
 
-    # One accumulator at a time: two would spill registers.
-    nothing = jnp.zeros((BLOCK, width))
+    def sum_up(add, columns):
+        # One accumulator at a time: two would spill registers.
+        total = jax.lax.fori_loop(*touched, add, jnp.zeros((BLOCK, width)))
+        out_ref[rows, columns] = total.astype(out_ref.dtype)
+
     q, g = qkv_ref[rows, query], grad_ref[rows, own_grad]
 
     def for_query(other, total):
@@ -163,8 +169,7 @@ def _segment_backward_kernel(
         pull = pulls(q, g, rows, k, qkv_ref[others, value], others)
         return total + _product(pull, k, ((1,), (0,)))
 
-    total = jax.lax.fori_loop(*touched, for_query, nothing)
-    out_ref[rows, query] = total.astype(out_ref.dtype)
+    sum_up(for_query, query)
 
     k, v = qkv_ref[rows, key], qkv_ref[rows, value]
 
@@ -174,13 +179,11 @@ def _segment_backward_kernel(
         pull = pulls(q, grad_ref[others, own_grad], others, k, v, rows)
         return total + _product(pull, q, ((0,), (0,)))
 
-    total = jax.lax.fori_loop(*touched, for_key, nothing)
-    out_ref[rows, key] = total.astype(out_ref.dtype)
+    sum_up(for_key, key)
 
     def for_value(other, total):
         others = _rows(other, _STEP)
         share = shares(qkv_ref[others, query], others, k, rows).astype(k.dtype)
         return total + _product(share, grad_ref[others, own_grad], ((0,), (0,)))
 
-    total = jax.lax.fori_loop(*touched, for_value, nothing)
-    out_ref[rows, value] = total.astype(out_ref.dtype)
+    sum_up(for_value, value)

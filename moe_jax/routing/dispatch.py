@@ -145,9 +145,11 @@ def gather_choices(
     return jnp.take_along_axis(by_token, expert[..., None], axis=2)
 
 
-def _rows(x: Float[Array, "B I D"], row: Int[Array, "B J"]) -> Float[Array, "B J D"]:
-    """Rows of each group; a row out of range reads zero."""
-    return jax.vmap(functools.partial(gather_rows, implementation="xla"))(x, row)
+def _rows(
+    x: Float[Array, "B I D"], row: Int[Array, "B J"], scale: Float[Array, "B J"] | None = None
+) -> Float[Array, "B J D"]:
+    """Rows of each group, times a factor each; a row out of range reads zero."""
+    return jax.vmap(functools.partial(gather_rows, implementation="xla"))(x, row, scale)
 
 
 @jax.custom_vjp
@@ -166,7 +168,7 @@ def _tokens_of_slots(
         rows = gather_rows(x[0], token[0], None if weight is None else weight[0])
     else:
         # Groups may be sharded, and the kernel is for one device.
-        rows = jax.vmap(functools.partial(gather_rows, implementation="xla"))(x, token, weight)
+        rows = _rows(x, token, weight)
     return jnp.swapaxes(rows.reshape(batch, num_experts, capacity, -1), 0, 1)
 
 

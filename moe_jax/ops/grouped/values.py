@@ -29,8 +29,7 @@ def to_rows(values: Float[Array, "E *J"], groups: Groups) -> Float[Array, "R *J"
     """
     # A gather of blocks is small, and what repeats it is never stored.
     by_block = values.at[groups.block_group].get(mode="clip")
-    shape = (by_block.shape[0], BLOCK, *values.shape[1:])
-    return jnp.broadcast_to(by_block[:, None], shape).reshape(-1, *values.shape[1:])
+    return jnp.repeat(by_block, BLOCK, axis=0)
 
 
 def row_sums(x: Float[Array, "R *J"], groups: Groups) -> Float[Array, "E *J"]:
