@@ -13,10 +13,9 @@ from moe_jax.experts import by_row
 from moe_jax.experts.by_row import Rows
 from moe_jax.ops.dropout import dropout
 from moe_jax.ops.grouped import activate, group_of_rows
+from moe_jax.ops.layer_norm import layer_norm
 from moe_jax.ops.segment_attention import segment_attention
 from moe_jax.quantization import WithInputs, dequantize, product
-
-LAYER_NORM_EPS = 1e-5
 
 
 def dot_general(*args: Any, **kwargs: Any) -> Array:
@@ -103,58 +102,10 @@ class _Norm(nn.Module):
         one = (1,) * (x.ndim - 1)
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        if rows is None:
-            scale, bias = (jnp.asarray(a).reshape(*one, -1) for a in (scale, bias))
-        else:
-            scale, bias = (by_row.spread(x, a, rows.groups) for a in (scale, bias))
-        return _layer_norm(x, scale, bias, self.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _layer_norm(
-    x: Float[Array, "*B D"],
-    scale: Float[Array, "*#B D"],
-    bias: Float[Array, "*#B D"],
-    dtype: Dtype,
-) -> Float[Array, "*B D"]:
-    return _layer_norm_fwd(x, scale, bias, dtype)[0]
-
-
-def _layer_norm_fwd(x, scale, bias, dtype):
-    mean, inverse = _moments(x)
-    out = (x.astype(jnp.float32) - mean) * (inverse * scale) + bias
-    return out.astype(dtype), (x, scale, bias, mean, inverse)
-
-
-def _layer_norm_bwd(dtype, residuals, grad):
-    del dtype
-    # With the moments at hand everything but two sums along a row is elementwise, so that what
-    # sums the gradients of scale and bias over rows fuses with what makes them.
-    x, scale, bias, mean, inverse = residuals
-    mean, inverse = jax.lax.optimization_barrier((mean, inverse))
-    grad = grad.astype(jnp.float32)
-    unit = (x.astype(jnp.float32) - mean) * inverse
-    pull = grad * scale
-    along = jnp.mean(pull * unit, axis=-1, keepdims=True)
-    grad_x = inverse * (pull - jnp.mean(pull, axis=-1, keepdims=True) - unit * along)
-    return grad_x.astype(x.dtype), _unbroadcast(grad * unit, scale), _unbroadcast(grad, bias)
-
-
-_layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
-
-
-def _moments(x: Float[Array, "*B D"]) -> tuple[Float[Array, "*B 1"], Float[Array, "*B 1"]]:
-    """Mean and inverse standard deviation of each row, float32."""
-    wide = x.astype(jnp.float32)
-    mean = jnp.mean(wide, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
-    return mean, jax.lax.rsqrt(variance + LAYER_NORM_EPS)
-
-
-def _unbroadcast(grad: Float[Array, "*B D"], like: Float[Array, "*#B D"]) -> Float[Array, "*#B D"]:
-    """Sums a gradient over the axes along which `like` was repeated."""
-    repeated = tuple(i for i, size in enumerate(like.shape[:-1]) if size != grad.shape[i])
-    return jnp.sum(grad, axis=repeated, keepdims=True).astype(like.dtype)
+        if rows is not None:
+            return by_row.norm(x, scale, bias, rows.groups, self.dtype)
+        scale, bias = (jnp.asarray(a).reshape(*one, -1) for a in (scale, bias))
+        return layer_norm(x, scale, bias, self.dtype)
 
 
 class Dropout(nn.Module):

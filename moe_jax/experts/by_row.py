@@ -5,16 +5,19 @@ An expert is written for itself alone: its parameters are one expert's. `ExpertB
 their rule for `vmap` sees the parameters of all experts, and its result is not mapped either.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from moe_jax._types import Array, Float, Int
+from moe_jax._types import Array, Dtype, Float, Int
 from moe_jax.ops.grouped import Groups, grouped_matmul, to_rows
+from moe_jax.ops.layer_norm import group_layer_norm
 
-__all__ = ["Rows", "linear", "spread"]
+__all__ = ["Rows", "linear", "norm", "spread"]
 
 
 class Rows(NamedTuple):
@@ -53,50 +56,67 @@ def linear(
     def of_all(x: Array, kernel: Array, bias: Array | None, groups: Groups) -> Array:
         return grouped_matmul(x, kernel, groups, bias=bias, activation=activation)
 
-    @custom_vmap
-    def run(x: Array, kernel: Array, bias: Array | None, groups: Groups) -> Array:
-        # Outside the bank one expert's parameters serve all rows.
-        shared = (_of_all(groups.num_groups, a) for a in (kernel, bias))
-        return of_all(x, *shared, groups)
-
-    @run.def_vmap
-    def _(size: int, is_mapped: Any, x: Array, kernel: Array, bias: Array | None, groups: Groups):
-        _check_shared(is_mapped)
-        own = (
-            a if mapped else _of_all(size, a)
-            for a, mapped in zip((kernel, bias), is_mapped[1:3], strict=True)
-        )
-        return of_all(x, *own, groups), False
-
-    return run(x, kernel, bias, groups)
+    return _by_expert(of_all, x, (kernel, bias), groups)
 
 
-@custom_vmap
+def norm(
+    x: Float[Array, "R D"],
+    scale: Float[Array, "D"],
+    bias: Float[Array, "D"],
+    groups: Groups,
+    dtype: Dtype,
+) -> Float[Array, "R D"]:
+    """Layer normalisation of every row, with its own expert's scale and bias.
+
+    Args:
+        x: [R, D], the rows of all experts.
+        scale: [D], one expert's, mapped over by the bank's `vmap`.
+        bias: [D], likewise.
+        groups: the experts' rows.
+        dtype: of the result.
+
+    Returns:
+        [R, D].
+    """
+    return _by_expert(functools.partial(group_layer_norm, dtype=dtype), x, (scale, bias), groups)
+
+
 def spread(
-    x: Float[Array, "R ..."], values: Float[Array, "*J"], groups: Groups
+    x: Float[Array, "R _"], values: Float[Array, "*J"], groups: Groups
 ) -> Float[Array, "R *J"]:
     """Every row's own expert's parameter.
 
     Args:
-        x: anything that has R rows, of which only the number is used.
+        x: [R, ...], the rows of all experts, of which nothing is used.
         values: [...], one expert's, mapped over by the bank's `vmap`.
         groups: the experts' rows.
 
     Returns:
         [R, ...]; that of some expert in padding.
     """
-    return jnp.broadcast_to(values[None], (x.shape[0], *values.shape))
+    return _by_expert(lambda _, values, groups: to_rows(values, groups), x, (values,), groups)
 
 
-@spread.def_vmap
-def _(size: int, is_mapped: Any, x: Array, values: Array, groups: Groups) -> tuple:
-    _check_shared(is_mapped)
-    return to_rows(values if is_mapped[1] else _of_all(size, values), groups), False
+def _by_expert(
+    of_all: Callable, x: Float[Array, "R _"], own: tuple[Array | None, ...], groups: Groups
+) -> Float[Array, "R _"]:
+    """Calls `of_all(x, *parameters of all experts, groups)`, given one expert's or all."""
 
+    @custom_vmap
+    def run(x: Array, own: tuple[Array | None, ...], groups: Groups) -> Array:
+        # Outside the bank one expert's parameters serve all rows.
+        return of_all(x, *(_of_all(groups.num_groups, a) for a in own), groups)
 
-def _check_shared(is_mapped: Any) -> None:
-    if is_mapped[0] or any(jax.tree.leaves(is_mapped[-1])):
-        raise ValueError("rows of experts must be shared by all experts, and not mapped over")
+    @run.def_vmap
+    def _(size: int, is_mapped: Any, x: Array, own: tuple[Array | None, ...], groups: Groups):
+        if is_mapped[0] or any(jax.tree.leaves(is_mapped[2])):
+            raise ValueError("rows of experts must be shared by all experts, and not mapped over")
+        mapped = (
+            a if is_own else _of_all(size, a) for a, is_own in zip(own, is_mapped[1], strict=True)
+        )
+        return of_all(x, *mapped, groups), False
+
+    return run(x, own, groups)
 
 
 def _of_all(size: int, parameter: Array | None) -> Array | None:

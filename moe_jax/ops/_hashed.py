@@ -22,7 +22,7 @@ def hashed_bits(shape: tuple[int, ...], seed: UInt32[Array, "2"]) -> UInt32[Arra
         seed: bits of a key.
 
     Returns:
-        uint32 of the shape.
+        uint32 of the shape; the upper half of the bits is the better one.
     """
     place = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
@@ -34,5 +34,4 @@ def hashed_bits(shape: tuple[int, ...], seed: UInt32[Array, "2"]) -> UInt32[Arra
     x *= jnp.uint32(0x7FEB352D)
     x ^= seed[1]
     x ^= x >> 15
-    x *= jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+    return x * jnp.uint32(0x846CA68B)

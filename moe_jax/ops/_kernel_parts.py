@@ -1,7 +1,8 @@
 """Parts of the search kernels for NVIDIA GPUs: directions of queries, selection, full scores."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -90,6 +91,7 @@ def launch(
     *,
     num_warps: int,
     num_stages: int | None = 3,
+    aliases: Mapping[int, int] = MappingProxyType({}),
     interpret: bool,
 ) -> Any:
     """Run a kernel, named `_name_kernel`, on whole arrays, of which a program loads what it wants.
@@ -101,6 +103,7 @@ def launch(
       outputs: a tree of shapes and dtypes.
       num_warps: of a program.
       num_stages: of a program's loops.
+      aliases: which input's memory becomes which output's.
       interpret: run it as ordinary operations, on any device, to test it.
 
     Returns:
@@ -118,6 +121,7 @@ def launch(
         out_specs=jax.tree.map(whole, outputs),
         out_shape=outputs,
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        input_output_aliases=dict(aliases),
         interpret=interpret,
         name=name.strip("_").removesuffix("_kernel"),
     )(*inputs)

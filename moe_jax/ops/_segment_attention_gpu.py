@@ -1,6 +1,7 @@
 """Attention within segments for NVIDIA GPUs, reading queries, keys and values where they lie."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ __all__ = ["backward", "forward"]
 
 BLOCK = 64
 _LOW = -1e30
-# Keys, or whatever a loop goes along, that it takes at a time; 64 in the gradient would spill.
-_FORWARD_STEP, _STEP = 64, 32
+_STEP = 32  # keys, or whatever a loop goes along, that it takes at a time
+_AB, _ABT, _ATB = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # what a product sums over
 
 
 def forward(
@@ -36,11 +37,10 @@ def forward(
         jax.ShapeDtypeStruct((rows, heads * width), qkv.dtype),
         jax.ShapeDtypeStruct((heads, rows), jnp.float32),
     )
-    kernel = functools.partial(_segment_forward_kernel, heads=heads, width=width)
-    out, log_total = launch(
-        kernel, (rows // BLOCK, heads), (qkv.reshape(rows, -1), *_flat(blocks)), outputs,
-        num_warps=8, num_stages=2, interpret=interpret,
-    )  # fmt: skip
+    inputs = (qkv.reshape(rows, -1), *_flat(blocks))
+    out, log_total = _launch(
+        _segment_forward_kernel, inputs, outputs, heads=heads, width=width, interpret=interpret
+    )
     return out.reshape(rows, heads, width), log_total
 
 
@@ -67,15 +67,31 @@ def backward(
         [R, 3, heads, d].
     """
     rows, _, heads, width = qkv.shape
-    dots = jnp.einsum("rhd,rhd->hr", grad, out, preferred_element_type=jnp.float32)
-    inputs = (qkv.reshape(rows, -1), grad.reshape(rows, -1), log_total, dots, *_flat(blocks))
-    outputs = jax.ShapeDtypeStruct((rows, 3 * heads * width), qkv.dtype)
-    kernel = functools.partial(_segment_backward_kernel, heads=heads, width=width)
-    grads = launch(
-        kernel, (rows // BLOCK, heads), inputs, outputs,
-        num_warps=8, num_stages=2, interpret=interpret,
+    run = functools.partial(_launch, heads=heads, width=width, interpret=interpret)
+    qkv_grad = jax.ShapeDtypeStruct((rows, 3 * heads * width), qkv.dtype)
+    by_row = qkv.reshape(rows, -1), grad.reshape(rows, -1)
+    who = log_total, *_flat(blocks)
+    # One gradient at a time: a program with more accumulators would fill its multiprocessor alone.
+    # Each kernel writes its columns beside those of the ones before it.
+    begun, dots = run(
+        _segment_query_gradient_kernel, (*by_row, *who, out.reshape(rows, -1)),
+        (qkv_grad, jax.ShapeDtypeStruct((heads, rows), jnp.float32)), num_stages=1,
     )  # fmt: skip
-    return grads.reshape(qkv.shape)
+    inputs = (*by_row, *who, dots)
+    begun = run(_segment_key_gradient_kernel, (*inputs, begun), qkv_grad, aliases={len(inputs): 0})
+    inputs = (*by_row, *who)
+    begun = run(
+        _segment_value_gradient_kernel, (*inputs, begun), qkv_grad, aliases={len(inputs): 0}
+    )
+    return begun.reshape(qkv.shape)
+
+
+def _launch(
+    kernel: Callable, inputs: tuple[Array, ...], outputs: Any, *, heads: int, width: int, **how: Any
+) -> Any:
+    kernel = functools.partial(kernel, heads=heads, width=width)
+    how = {"num_warps": 4, "num_stages": 2} | how
+    return launch(kernel, (inputs[0].shape[0] // BLOCK, heads), inputs, outputs, **how)
 
 
 def _flat(blocks: Any) -> tuple[Array, ...]:
@@ -116,74 +132,105 @@ def _segment_forward_kernel(
 
     def add(other, sums):
         top, total, out = sums
-        others = _rows(other, _FORWARD_STEP)
+        others = _rows(other, _STEP)
         is_seen = _seen(who, rows, others)
-        scores = _product(q, qkv_ref[others, key], ((1,), (1,))) * scale
+        scores = _product(q, qkv_ref[others, key], _ABT) * scale
         higher = jnp.maximum(top, jnp.max(jnp.where(is_seen, scores, _LOW), axis=1))
         share = jnp.where(is_seen, jnp.exp(scores - higher[:, None]), 0.0)
         fade = jnp.exp(top - higher)
         v = qkv_ref[others, value]
-        mixed = _product(share.astype(v.dtype), v, ((1,), (0,)))
+        mixed = _product(share.astype(v.dtype), v, _AB)
         return higher, total * fade + jnp.sum(share, axis=1), out * fade[:, None] + mixed
 
     start = jnp.full((BLOCK,), _LOW), jnp.zeros((BLOCK,)), jnp.zeros((BLOCK, width))
-    touched = _touched(first_ref, last_ref, block, _FORWARD_STEP)
+    touched = _touched(first_ref, last_ref, block, _STEP)
     top, total, out = jax.lax.fori_loop(*touched, add, start)
     known = jnp.where(total > 0, total, 1.0)
     out_ref[rows, pl.ds(head * width, width)] = (out / known[:, None]).astype(out_ref.dtype)
     log_total_ref[head, rows] = jnp.where(total > 0, top + jnp.log(known), -_LOW)
 
 
-def _segment_backward_kernel(
-    qkv_ref, grad_ref, log_total_ref, dots_ref, start_ref, valid_ref, position_ref, first_ref,
-    last_ref, out_ref, *, heads, width,
-):  # fmt: skip
-    block, head = pl.program_id(0), pl.program_id(1)
-    rows, scale = _rows(block), width**-0.5
-    query, key, value = (pl.ds((i * heads + head) * width, width) for i in range(3))
-    own_grad = pl.ds(head * width, width)
-    who = start_ref, valid_ref, position_ref
-    touched = _touched(first_ref, last_ref, block, _STEP)
+class _Head:
+    """What the gradients' programs read of one head, and what they all compute."""
 
-    def shares(q, queries, k, keys):
+    def __init__(self, qkv_ref, grad_ref, log_total_ref, *who, heads, width):
+        *self._who, first_ref, last_ref = who
+        self._qkv_ref, self._grad_ref, self._log_total_ref = qkv_ref, grad_ref, log_total_ref
+        block, self.head = pl.program_id(0), pl.program_id(1)
+        self.rows, self._scale, self._width = _rows(block), width**-0.5, width
+        self.columns = {
+            name: pl.ds((i * heads + self.head) * width, width)
+            for i, name in enumerate(("query", "key", "value"))
+        }
+        self.own = pl.ds(self.head * width, width)
+        self._touched = _touched(first_ref, last_ref, block, _STEP)
+
+    def load(self, name, rows):
+        """[rows, width] of the queries, keys or values."""
+        return self._qkv_ref[rows, self.columns[name]]
+
+    def load_grad(self, rows):
+        """[rows, width] of the result's gradient."""
+        return self._grad_ref[rows, self.own]
+
+    def shares(self, q, queries, k, keys):
         """The softmax's weights, [queries, keys]."""
-        scores = _product(q, k, ((1,), (1,))) * scale
-        share = jnp.exp(scores - log_total_ref[head, queries][:, None])
-        return jnp.where(_seen(who, queries, keys), share, 0.0)
+        scores = _product(q, k, _ABT) * self._scale
+        share = jnp.exp(scores - self._log_total_ref[self.head, queries][:, None])
+        return jnp.where(_seen(self._who, queries, keys), share, 0.0)
 
-    def pulls(q, g, queries, k, v, keys):
+    def pulls(self, q, g, dots, queries, k, v, keys):
         """The scores' gradient, [queries, keys]."""
-        pull = _product(g, v, ((1,), (1,))) - dots_ref[head, queries][:, None]
-        return (shares(q, queries, k, keys) * pull * scale).astype(q.dtype)
+        pull = _product(g, v, _ABT) - dots[:, None]
+        return (self.shares(q, queries, k, keys) * pull * self._scale).astype(q.dtype)
 
-    def sum_up(add, columns):
-        # One accumulator at a time: two would spill registers.
-        total = jax.lax.fori_loop(*touched, add, jnp.zeros((BLOCK, width)))
-        out_ref[rows, columns] = total.astype(out_ref.dtype)
+    def sum(self, of):
+        """The sum of `of(rows)` over the rows that the program's block touches."""
 
-    q, g = qkv_ref[rows, query], grad_ref[rows, own_grad]
+        def add(step, total):
+            return total + of(_rows(step, _STEP))
 
-    def for_query(other, total):
-        others = _rows(other, _STEP)
-        k = qkv_ref[others, key]
-        pull = pulls(q, g, rows, k, qkv_ref[others, value], others)
-        return total + _product(pull, k, ((1,), (0,)))
+        return jax.lax.fori_loop(*self._touched, add, jnp.zeros((BLOCK, self._width)))
 
-    sum_up(for_query, query)
 
-    k, v = qkv_ref[rows, key], qkv_ref[rows, value]
+def _segment_query_gradient_kernel(*refs, heads, width):
+    *known, attended_ref, out_ref, dots_ref = refs
+    head = _Head(*known, heads=heads, width=width)
+    rows = head.rows
+    q, g = head.load("query", rows), head.load_grad(rows)
+    attended = attended_ref[rows, head.own].astype(jnp.float32)
+    dots = jnp.sum(g.astype(jnp.float32) * attended, axis=1)
+    dots_ref[head.head, rows] = dots
 
-    def for_key(other, total):
-        others = _rows(other, _STEP)
-        q = qkv_ref[others, query]
-        pull = pulls(q, grad_ref[others, own_grad], others, k, v, rows)
-        return total + _product(pull, q, ((0,), (0,)))
+    def of(keys):
+        k = head.load("key", keys)
+        return _product(head.pulls(q, g, dots, rows, k, head.load("value", keys), keys), k, _AB)
 
-    sum_up(for_key, key)
+    out_ref[rows, head.columns["query"]] = head.sum(of).astype(out_ref.dtype)
 
-    def for_value(other, total):
-        others = _rows(other, _STEP)
-        share = shares(qkv_ref[others, query], others, k, rows).astype(k.dtype)
-        return total + _product(share, grad_ref[others, own_grad], ((0,), (0,)))
 
-    sum_up(for_value, value)
+def _segment_key_gradient_kernel(*refs, heads, width):
+    *known, dots_ref, _, out_ref = refs
+    head = _Head(*known, heads=heads, width=width)
+    rows = head.rows
+    k, v = head.load("key", rows), head.load("value", rows)
+
+    def of(queries):
+        q, dots = head.load("query", queries), dots_ref[head.head, queries]
+        pull = head.pulls(q, head.load_grad(queries), dots, queries, k, v, rows)
+        return _product(pull, q, _ATB)
+
+    out_ref[rows, head.columns["key"]] = head.sum(of).astype(out_ref.dtype)
+
+
+def _segment_value_gradient_kernel(*refs, heads, width):
+    *known, _, out_ref = refs
+    head = _Head(*known, heads=heads, width=width)
+    rows = head.rows
+    k = head.load("key", rows)
+
+    def of(queries):
+        share = head.shares(head.load("query", queries), queries, k, rows).astype(k.dtype)
+        return _product(share, head.load_grad(queries), _ATB)
+
+    out_ref[rows, head.columns["value"]] = head.sum(of).astype(out_ref.dtype)

@@ -9,5 +9,6 @@ from moe_jax.ops.grouped.groups import padded_rows as padded_rows
 from moe_jax.ops.grouped.matmul import SUMS as SUMS
 from moe_jax.ops.grouped.matmul import activate as activate
 from moe_jax.ops.grouped.matmul import grouped_matmul as grouped_matmul
+from moe_jax.ops.grouped.values import block_sums as block_sums
 from moe_jax.ops.grouped.values import row_sums as row_sums
 from moe_jax.ops.grouped.values import to_rows as to_rows

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -67,8 +66,21 @@ def rows_kernel(
             right = right.transpose((1, 0)) if transpose else right
             plgpu.wgmma(acc, x_shared.at[ring, _span(half, BLOCK)], right)
 
-    def store(place, accs, half):
-        group, start, rows, column = place
+    def prepare(place):
+        # Long before it is added, or the wait for it would end each tile.
+        if not is_biased:
+            return ()
+        group, _, _, column = place
+        own = bias_ref.at[jnp.minimum(group, num_groups - 1)]
+        starts = [column * columns + i * SWIZZLED for i in range(columns // SWIZZLED)]
+        # Every thread loads the few columns that it holds.
+        return tuple(
+            plgpu.load(own.at[pl.ds(pl.multiple_of(at, SWIZZLED), SWIZZLED)], optimized=False)
+            for at in starts
+        )
+
+    def store(place, bias, accs, half):
+        _, start, rows, column = place
         first = start + half * BLOCK
 
         def to(i):
@@ -81,14 +93,9 @@ def rows_kernel(
         def part(i):
             part = _columns(accs[0], i)
             if is_gated:
-                return part * jax.nn.sigmoid(part) * _columns(accs[1], i)
+                return part * _sigmoid(part) * _columns(accs[1], i)
             if is_biased:
-                at = pl.multiple_of(column * columns + i * SWIZZLED, SWIZZLED)
-                own = bias_ref.at[jnp.minimum(group, num_groups - 1), pl.ds(at, SWIZZLED)]
-                # Every thread loads the few columns that it holds.
-                own = plgpu.load(own, optimized=False)
-                own = own.astype(jnp.float32)
-                part = part + lax.broadcast_in_dim(own, part.shape, (1,))
+                part = part + lax.broadcast_in_dim(bias[i].astype(jnp.float32), part.shape, (1,))
             return _gelu_tanh(part) if activation else part
 
         @pl.when(rows > half * BLOCK)
@@ -96,7 +103,7 @@ def rows_kernel(
             _store(columns // SWIZZLED, part, staged, to, half)
 
     _work(
-        shape[0] * shape[1], locate, load, multiply, store,
+        shape[0] * shape[1], locate, load, prepare, multiply, store,
         (columns,) * parts, tiling.stages, loaded, consumed,
     )  # fmt: skip
 
@@ -132,7 +139,7 @@ def sums_kernel(
         left = x_shared.at[ring, :, _span(half, BLOCK)].transpose((1, 0))
         plgpu.wgmma(accs[0], left, y_shared.at[ring])
 
-    def store(place, accs, half):
+    def store(place, _, accs, half):
         group, _, row, column = place
 
         def to(i):
@@ -146,20 +153,21 @@ def sums_kernel(
         _store(columns // SWIZZLED, lambda i: _columns(accs[0], i), staged, to, half)
 
     _work(
-        num_groups * num_tiles, locate, load, multiply, store,
+        num_groups * num_tiles, locate, load, lambda place: (), multiply, store,
         (columns,), tiling.stages, loaded, consumed,
     )  # fmt: skip
 
 
-def _work(num_tiles, locate, load, multiply, store, widths, stages, loaded, consumed):
+def _work(num_tiles, locate, load, prepare, multiply, store, widths, stages, loaded, consumed):
     """Runs all tiles: loader and multipliers meet at the ring's barriers, step after step.
 
     Args:
         num_tiles: of all programs together; program p takes tiles p, p + programs, and so on.
         locate: tile -> steps of its contraction, which may be none, and its place, read once.
         load: (place, step, slot of the ring), starts the copies.
+        prepare: place -> what storing will need, asked for before the products.
         multiply: (accumulators, slot of the ring, half), starts a product for each.
-        store: (place, results, half).
+        store: (place, what was prepared, results, half).
         widths: columns of each accumulator.
         stages: length of the ring.
         loaded: barriers, one per slot, on which the copies arrive.
@@ -196,6 +204,7 @@ def _work(num_tiles, locate, load, multiply, store, widths, stages, loaded, cons
         @plgpu.nd_loop((num_tiles,), collective_axes="program", init_carry=jnp.int32(0))
         def _(tile, carry):
             num_steps, place = locate(tile.index[0])
+            prepared = prepare(place)
 
             def contract(*accs):
                 def one(step, done):
@@ -221,15 +230,21 @@ def _work(num_tiles, locate, load, multiply, store, widths, stages, loaded, cons
                 return *(acc[...] for acc in accs), done
 
             *results, done = pl.run_scoped(contract, *(plgpu.ACC((BLOCK, n)) for n in widths))
-            store(place, results, warpgroup)
+            store(place, prepared, results, warpgroup)
             return done
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
+def _sigmoid(x):
+    """Two operations of the special function unit, where a division would take many more."""
+    root = lax.rsqrt(1.0 + lax.exp2(x * -math.log2(math.e)))
+    return root * root
+
+
 def _gelu_tanh(x):
-    """The tanh form of GELU."""
-    return 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+    """The tanh form of GELU, which is x sigmoid(2 u)."""
+    return x * _sigmoid(2 * math.sqrt(2 / math.pi) * x * (1.0 + 0.044715 * x * x))
 
 
 def _columns(acc, i):

@@ -1,6 +1,7 @@
 """Each group of rows times its own matrix: one API, a reference, and what runs fast where."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,27 @@ def _swiglu(x: Float[Array, "*B J"]) -> Float[Array, "*B H"]:
 SUMS = "grouped_matmul"
 """By this name a policy of `jax.checkpoint` keeps the products that the gradient needs."""
 
+_SCALE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+
+
+def _gelu_tanh(x: Float[Array, "*B J"]) -> Float[Array, "*B J"]:
+    """The tanh form of GELU, as x sigmoid(2 u), which takes fewer operations than a tanh."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    share = jax.nn.sigmoid(_SCALE * wide * (1 + _CUBIC * wide * wide))
+    return (wide * share).astype(x.dtype)
+
+
+def _gelu_tanh_grad(x: Float[Array, "*B J"], grad: Float[Array, "*B J"]) -> Float[Array, "*B J"]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = wide * wide
+    share = jax.nn.sigmoid(_SCALE * wide * (1 + _CUBIC * square))
+    slope = share + _SCALE * wide * share * (1 - share) * (1 + 3 * _CUBIC * square)
+    return (grad * slope).astype(x.dtype)
+
+
 _ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_tanh": _gelu_tanh,
     "swiglu": _swiglu,
 }
 
@@ -53,6 +72,8 @@ def _activate_fwd(x, activation):
 def _activate_bwd(activation, x, grad):
     # Held apart, or the compiler would rather store what both passes compute.
     x = jax.lax.optimization_barrier(x)
+    if activation == "gelu_tanh":
+        return (_gelu_tanh_grad(x, grad),)
     return jax.vjp(_ACTIVATIONS[activation], x)[1](grad)
 
 

@@ -50,6 +50,26 @@ def row_sums(x: Float[Array, "R *J"], groups: Groups) -> Float[Array, "E *J"]:
         [2.0, 1.0]
     """
     by_block = jnp.sum(x.reshape(-1, BLOCK, *x.shape[1:]), axis=1, dtype=jnp.float32)
+    return block_sums(by_block, groups)
+
+
+def block_sums(by_block: Float[Array, "I *J"], groups: Groups) -> Float[Array, "E *J"]:
+    """Sums what each group's blocks hold, in a fixed order.
+
+    Args:
+        by_block: float32 [I, ...], one for each block of rows.
+        groups: the layout of the rows.
+
+    Returns:
+        float32 [E, ...].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from moe_jax.ops.grouped import make_groups
+        >>> groups = make_groups(jnp.array([65, 1]), 66)
+        >>> block_sums(jnp.arange(4.0), groups).tolist()
+        [1.0, 2.0]
+    """
     member = groups.block_group[None] == jnp.arange(groups.num_groups)[:, None]
     member = member.astype(jnp.float32)
     return jnp.tensordot(member, by_block, axes=1, precision=jax.lax.Precision.HIGHEST)

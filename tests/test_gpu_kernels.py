@@ -1,0 +1,123 @@
+"""What kernels compute once they are compiled, against XLA in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.ops.gather_rows import gather_rows
+from moe_jax.ops.grouped import grouped_matmul, is_row, make_groups
+from moe_jax.ops.layer_norm import group_layer_norm
+from moe_jax.ops.segment_attention import segment_attention
+
+pytestmark = pytest.mark.gpu
+
+SIZES = jnp.array([100, 0, 1, 333, 64, 1000])
+
+
+def normal(seed, *shape, dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def in_float32(tree):
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
+
+
+def assert_close(got, wanted, is_used=None):
+    """The relative errors, in the 2-norm, are of the order of bfloat16's rounding."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        if is_used is not None and a.shape[0] == is_used.size:
+            a, b = a[is_used], b[is_used]
+        assert np.linalg.norm(a - b) < 6e-3 * np.linalg.norm(b)
+
+
+def values_and_gradients(run, grad, *inputs):
+    out, pull = jax.vjp(run, *inputs)
+    return out, pull(grad.astype(out.dtype))
+
+
+@pytest.mark.parametrize("longest", [8, 64, 500])
+@pytest.mark.parametrize("width", [64, 256])
+def test_attention(width, longest):
+    rows, heads = 2048, 4
+    rng = np.random.default_rng(longest)
+    lengths = rng.integers(1, longest + 1, size=rows)
+    segment = jnp.asarray(np.repeat(np.arange(rows), lengths)[:rows] % 7, jnp.int32)
+    is_valid = jnp.asarray(rng.uniform(size=rows) < 0.9)
+    position = jnp.asarray(rng.permutation(rows), jnp.int32)
+    qkv, grad = normal(0, rows, 3, heads, width), normal(1, rows, heads, width)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, qkv, grad):
+        attend = functools.partial(
+            segment_attention, segment=segment, is_valid=is_valid, position=position,
+            implementation=implementation,
+        )  # fmt: skip
+        return values_and_gradients(attend, grad, qkv)
+
+    with jax.default_matmul_precision("float32"):
+        wanted = run("xla", *in_float32((qkv, grad)))
+    assert_close(run("pallas", qkv, grad), wanted)
+
+
+@pytest.mark.parametrize("width", [256, 2048])
+def test_layer_norm(width):
+    groups = make_groups(SIZES, int(SIZES.sum()) + 128)
+    is_used = np.asarray(is_row(groups))
+    x, scale, bias = (
+        2 * normal(0, is_used.size, width) + 1,
+        normal(1, 6, width),
+        normal(2, 6, width),
+    )
+    grad = jnp.where(is_used[:, None], normal(3, is_used.size, width), 0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, grad, *inputs):
+        def norm(x, scale, bias):
+            return group_layer_norm(
+                x, scale, bias, groups, dtype=x.dtype, implementation=implementation
+            )
+
+        return values_and_gradients(norm, grad, *inputs)
+
+    wanted = run("xla", *in_float32((grad, x, scale, bias)))
+    assert_close(run("pallas", grad, x, scale, bias), wanted, is_used)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "swiglu"])
+def test_grouped_matmul(activation):
+    inner, outer = 256, 512
+    groups = make_groups(SIZES, int(SIZES.sum()) + 128)
+    is_used = np.asarray(is_row(groups))
+    x = jnp.where(is_used[:, None], normal(0, is_used.size, inner), 0)
+    w = normal(1, 6, inner, outer) / 16
+    own = () if activation == "swiglu" else (normal(2, 6, outer),)
+    width = outer // 2 if activation == "swiglu" else outer
+    grad = jnp.where(is_used[:, None], normal(3, is_used.size, width), 0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, grad, *inputs):
+        def multiply(x, w, bias=None):
+            out = grouped_matmul(
+                x, w, groups, bias=bias, activation=activation, implementation=implementation
+            )
+            return jnp.where(is_used[:, None], out, 0)
+
+        return values_and_gradients(multiply, grad, *inputs)
+
+    with jax.default_matmul_precision("float32"):
+        wanted = run("xla", *in_float32((grad, x, w, *own)))
+    assert_close(run(None, grad, x, w, *own), wanted, is_used)
+
+
+@pytest.mark.parametrize("columns", [128, 1024])
+def test_gathered_rows_are_the_same_bits(columns):
+    x, row = normal(0, 500, columns), jax.random.randint(jax.random.key(1), (640,), 0, 520)
+    scale = normal(2, 640, dtype=jnp.float32)
+    gather = jax.jit(gather_rows, static_argnames="implementation")
+    for own in (None, scale):
+        wanted = gather(x, row, own, implementation="xla")
+        np.testing.assert_array_equal(gather(x, row, own, implementation="pallas"), wanted)
