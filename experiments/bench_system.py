@@ -248,11 +248,15 @@ def make_step(system: MoESystem, case: SystemCase) -> tuple[Callable, Any]:
             return (variables, graph), (out.output, out.stats)
 
         return step, (variables, graph)
-    forward = jax.jit(system.apply)
+
+    @jax.jit
+    def forward(variables, x):
+        # What nobody asks for is not computed: proposals are for those who write.
+        out = system.apply(variables, x)
+        return out.output, out.stats
 
     def forward_step(state, x):
-        out = forward(state[0], x)
-        return state, (out.output, out.stats)
+        return state, forward(state[0], x)
 
     return forward_step, (variables,)
 

@@ -3,6 +3,7 @@
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Dtype, Float, Int
@@ -90,7 +91,8 @@ class TransformerExpert(nn.Module):
     ) -> Float[Array, "*B C H"]:
         """Encoder and transformer layer."""
         hidden = self.encoder_norm(self.encoder(x, rows), rows)
-        hidden = self.drop(self._gelu(hidden), is_training)
+        # Held as it is, or the compiler would make it again for each of its two readers.
+        hidden = jax.lax.optimization_barrier(self.drop(self._gelu(hidden), is_training))
         mixed = self.attention(self.attention_norm(hidden, rows), is_valid, position, rows)
         hidden = hidden + self.drop(mixed, is_training)
         inner = self.feed_forward_up(self.feed_forward_norm(hidden, rows), rows)

@@ -15,7 +15,6 @@ __all__ = ["EPS", "group_layer_norm", "layer_norm"]
 
 EPS = 1e-5
 
-_ROWS, _AT_ONCE = 16, 4  # of a program of the gradient's kernel, and of its steps
 _WIDTHS = 256, 4096  # that fill a program's threads and fit their registers
 
 
@@ -128,20 +127,18 @@ def _of_groups_forward(x, scale, bias, groups, dtype, interpret):
 def _of_groups_backward(dtype, interpret, residuals, grad):
     del dtype
     x, scale, bias, groups = residuals
-    rows, width = x.shape
-    num_programs = rows // _ROWS
-    grad_x, sums = launch(
+    num_blocks, width = x.shape[0] // BLOCK, x.shape[1]
+    grad_x, by_block = launch(
         _norm_backward_kernel,
-        (num_programs,),
+        (num_blocks,),
         (x, grad, scale, groups.block_group),
         (
             jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct((num_programs, 2, width), jnp.float32),
+            jax.ShapeDtypeStruct((num_blocks, 2, width), jnp.float32),
         ),
-        num_warps=8,
+        num_warps=4,
         interpret=interpret,
     )
-    by_block = jnp.sum(sums.reshape(-1, BLOCK // _ROWS, 2, width), axis=1)
     sums = block_sums(by_block, groups)
     return grad_x, sums[:, 0].astype(scale.dtype), sums[:, 1].astype(bias.dtype), None
 
@@ -157,20 +154,20 @@ def _by_row(scale: Float[Array, "E D"], bias: Float[Array, "E D"], groups: Group
 
 
 def _norm_backward_kernel(x_ref, grad_ref, scale_ref, group_ref, grad_x_ref, sums_ref):
-    program, width = pl.program_id(0), x_ref.shape[1]
+    block, width = pl.program_id(0), x_ref.shape[1]
     # Blocks after the last group have none, and no gradient either.
-    group = jnp.minimum(group_ref[program // (BLOCK // _ROWS)], scale_ref.shape[0] - 1)
+    group = jnp.minimum(group_ref[block], scale_ref.shape[0] - 1)
     scale = scale_ref[group, :].astype(jnp.float32)[None, :]
 
     def step(i, sums):
-        rows = pl.ds(program * _ROWS + i * _AT_ONCE, _AT_ONCE)
-        mean, inverse = _moments(x := x_ref[rows, :].astype(jnp.float32))
-        grad, unit = grad_ref[rows, :].astype(jnp.float32), (x - mean) * inverse
-        grad_x_ref[rows, :] = _pull_back(unit, inverse, grad * scale).astype(grad_x_ref.dtype)
-        return sums[0] + jnp.sum(grad * unit, axis=0), sums[1] + jnp.sum(grad, axis=0)
+        row = pl.ds(block * BLOCK + i, 1)
+        mean, inverse = _moments(x := x_ref[row, :].astype(jnp.float32))
+        grad, unit = grad_ref[row, :].astype(jnp.float32), (x - mean) * inverse
+        grad_x_ref[row, :] = _pull_back(unit, inverse, grad * scale).astype(grad_x_ref.dtype)
+        return sums[0] + grad[0] * unit[0], sums[1] + grad[0]
 
-    sums = jax.lax.fori_loop(0, _ROWS // _AT_ONCE, step, (jnp.zeros(width), jnp.zeros(width)))
-    sums_ref[program, 0, :], sums_ref[program, 1, :] = sums
+    sums = jax.lax.fori_loop(0, BLOCK, step, (jnp.zeros(width), jnp.zeros(width)))
+    sums_ref[block, 0, :], sums_ref[block, 1, :] = sums
 
 
 def _moments(x: Float[Array, "*B D"]) -> tuple[Float[Array, "*B 1"], Float[Array, "*B 1"]]:

@@ -45,7 +45,9 @@ class Tiling:
     sweep: int = 12
 
 
-def tiling_for(columns: int, other: int, num_row_tiles: int, num_parts: int = 1) -> Tiling | None:
+def tiling_for(
+    columns: int, other: int, num_row_tiles: int, num_parts: int = 1, sweep: int = 12
+) -> Tiling | None:
     """A tiling that divides the sizes; None where there is none.
 
     Args:
@@ -53,6 +55,7 @@ def tiling_for(columns: int, other: int, num_row_tiles: int, num_parts: int = 1)
         other: the matrices' other size.
         num_row_tiles: how many tiles there may be along the rows of the result.
         num_parts: accumulators that share a tile's columns.
+        sweep: of the tiling.
     """
     least = SWIZZLED * num_parts
     widths = [width for width in (256, 128, 64) if columns % width == 0 and width >= least]
@@ -63,10 +66,10 @@ def tiling_for(columns: int, other: int, num_row_tiles: int, num_parts: int = 1)
     width = busy[0] if busy else widths[-1]
     if width < 256:
         # Narrow tiles are short of work per byte, and have room for more steps.
-        return Tiling(columns=width, stages=6)
+        return Tiling(columns=width, stages=6, sweep=sweep)
     # Measured: with large matrices three stages are up to 6 % faster than four, with small ones
     # up to 8 % slower.
-    return Tiling(stages=3 if columns * other >= _LARGE else 4)
+    return Tiling(stages=3 if columns * other >= _LARGE else 4, sweep=sweep)
 
 
 def takes(x: jax.Array, w_shape: tuple[int, ...]) -> bool:
@@ -143,7 +146,10 @@ def rows_by_matrices(
     is_gated, is_biased = activation == "swiglu", bias is not None
     outer = width // 2 if is_gated else width
     parts = 1 + is_gated
-    tiling = tiling or tiling_for(width, x.shape[1], groups.block_group.shape[0], parts)
+    num_blocks = groups.block_group.shape[0]
+    # Groups of a tile or two share nothing, and each matrix is best read from end to end.
+    sweep = 1 if num_blocks <= 4 * groups.num_groups else Tiling.sweep
+    tiling = tiling or tiling_for(width, x.shape[1], num_blocks, parts, sweep)
     if tiling is None or (is_gated and (is_biased or transpose or outer % 128)):
         raise ValueError(f"w must have sizes that 64 divides (128 if gated), got {w.shape}")
     kernel = functools.partial(
