@@ -174,13 +174,15 @@ NEWER = pytest.mark.skipif(
 
 
 @NEWER
-def test_hopper_kernels_add_a_bias_and_take_gelu_before_rounding(monkeypatch):
+@pytest.mark.parametrize("slots", [2, 4])
+def test_hopper_kernels_add_a_bias_and_take_gelu_before_rounding(slots, monkeypatch):
     monkeypatch.setattr(_hopper, "_num_programs", lambda: 2)
     sizes, (x, w, bias) = [70, 0, 5], operands(jnp.bfloat16)
     groups, w, bias = make_groups(jnp.array(sizes), 80), w / 8, bias[:3]
     row, n = np.flatnonzero(is_row(groups)), sum(sizes)
     laid_out = jnp.zeros((groups.num_rows, INNER), x.dtype).at[row].set(x[:n])
     how = {"bias": bias, "activation": "gelu_tanh", "interpret": interpreter()}
+    how["tiling"] = _hopper.Tiling(columns=OUTER, stages=3, slots=slots)
     found = _hopper.rows_by_matrices(laid_out, w, groups, **how)[row]
     product, _, _ = slow(x[:n], w, jnp.zeros((n, OUTER)), sizes)
     own = np.repeat(np.asarray(bias, np.float64), sizes, axis=0)

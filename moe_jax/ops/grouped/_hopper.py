@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moe_jax._types import Array, Float
 from moe_jax.ops._hardware import is_hopper
-from moe_jax.ops.grouped._hopper_kernels import ROWS, SLOTS, SWIZZLED, rows_kernel, sums_kernel
+from moe_jax.ops.grouped._hopper_kernels import ROWS, SWIZZLED, rows_kernel, sums_kernel
 from moe_jax.ops.grouped.groups import BLOCK, Groups, first_above
 
 __all__ = ["ACTIVATIONS", "Tiling", "rows_by_matrices", "rows_by_rows", "takes", "tiling_for"]
@@ -37,12 +37,14 @@ class Tiling:
         stages: steps that are loaded ahead.
         sweep: tiles along the first axis that are visited before the next column of tiles, so
             that what they share stays in the L2 cache.
+        slots: buffers of 64 x 64 in which each half of the rows stages what it stores; even.
     """
 
     columns: int = 256
     depth: int = 64
     stages: int = 4
     sweep: int = 12
+    slots: int = 2
 
 
 def tiling_for(
@@ -223,7 +225,7 @@ def _launch(
         thread_name="warpgroup",
         scratch_types=[
             *(shared(tiling.stages, *block) for block in blocks),
-            shared(2, SLOTS, BLOCK, SWIZZLED),
+            shared(2, tiling.slots, BLOCK, SWIZZLED),
             plgpu.Barrier(num_arrivals=num_copies, num_barriers=tiling.stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
         ],

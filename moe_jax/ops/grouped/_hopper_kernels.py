@@ -10,16 +10,13 @@ from jax.experimental import pallas as pl
 from moe_jax._types import Array, Int
 from moe_jax.ops.grouped.groups import BLOCK
 
-__all__ = ["ROWS", "SLOTS", "SWIZZLED", "rows_kernel", "sums_kernel"]
+__all__ = ["ROWS", "SWIZZLED", "rows_kernel", "sums_kernel"]
 
 ROWS = 2 * BLOCK
 """Rows of a tile, half of them for each multiplying warpgroup."""
 
 SWIZZLED = 64
 """16-bit numbers in a line of 128 bytes, the unit in which shared memory is laid out."""
-
-SLOTS = 2
-"""Buffers in which a warpgroup stages what it stores."""
 
 _LOADER = 2  # the third warpgroup; 0 and 1 multiply
 
@@ -253,12 +250,16 @@ def _columns(acc, i):
 
 
 def _store(count, part, staged, to, half):
-    """Stores `count` parts of [64, 64] through shared memory, two of them under way."""
+    """Stores `count` parts of [64, 64] through shared memory, as many under way as have room."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    for i in range(count):
-        slot = i % SLOTS
-        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-        staged[half, slot] = part(i).astype(staged.dtype)
+    slots = staged.shape[1]
+    at_once = slots // 2  # while the other half is on its way
+    for first in range(0, count, at_once):
+        chunk = range(first, min(first + at_once, count))
+        plgpu.wait_smem_to_gmem(slots - at_once, wait_read_only=True)
+        for i in chunk:
+            staged[half, i % slots] = part(i).astype(staged.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged.at[half, slot], to(i))
+        for i in chunk:
+            plgpu.copy_smem_to_gmem(staged.at[half, i % slots], to(i))
