@@ -95,7 +95,7 @@ def _launch(
 
 
 def _flat(blocks: Any) -> tuple[Array, ...]:
-    by_row = (a.reshape(-1) for a in (blocks.start, blocks.is_valid, blocks.position))
+    by_row = (a.reshape(-1) for a in jax.tree.leaves(blocks[:3]))
     return *by_row, blocks.first, blocks.last
 
 
@@ -103,37 +103,51 @@ def _rows(block: Any, size: int = BLOCK) -> Any:
     return pl.ds(block * size, size)
 
 
-def _touched(first_ref, last_ref, block, step):
-    """The first and one after the last of the steps that a block touches."""
-    return first_ref[block] * (BLOCK // step), (last_ref[block] + 1) * (BLOCK // step)
+class _Who:
+    """What `_flat` made, as a program reads it."""
+
+    def __init__(self, query_start_ref, key_start_ref, *position_ref, touched):
+        self._query_refs = query_start_ref, *position_ref
+        self._key_refs = key_start_ref, *position_ref
+        self._first_ref, self._last_ref = touched
+
+    def queries(self, rows):
+        """Start and, if it matters, position of rows as queries."""
+        return [ref[rows] for ref in self._query_refs]
+
+    def keys(self, rows):
+        """Likewise as keys."""
+        return [ref[rows] for ref in self._key_refs]
+
+    def sum_up(self, block, add, start):
+        """Calls `add(rows, sums)` with all rows that a block touches, some at a time."""
+        steps = self._first_ref[block] // _STEP, self._last_ref[block] // _STEP + 1
+        return jax.lax.fori_loop(*steps, lambda i, sums: add(_rows(i, _STEP), sums), start)
 
 
-def _seen(who, queries, keys):
+def _seen(queries, keys):
     """Which keys each query sees, [queries, keys]."""
-    start_ref, valid_ref, position_ref = who
-    is_seen = start_ref[queries][:, None] == start_ref[keys][None, :]
-    is_seen &= valid_ref[queries][:, None] & valid_ref[keys][None, :]
-    return is_seen & (position_ref[keys][None, :] <= position_ref[queries][:, None])
+    is_seen = queries[0][:, None] == keys[0][None, :]
+    for own, other in zip(queries[1:], keys[1:], strict=True):
+        is_seen &= other[None, :] <= own[:, None]
+    return is_seen
 
 
 def _product(a, b, axes):
     return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _segment_forward_kernel(
-    qkv_ref, start_ref, valid_ref, position_ref, first_ref, last_ref, out_ref, log_total_ref,
-    *, heads, width,
-):  # fmt: skip
+def _segment_forward_kernel(qkv_ref, *refs, heads, width):
+    *who, first_ref, last_ref, out_ref, log_total_ref = refs
+    who = _Who(*who, touched=(first_ref, last_ref))
     block, head = pl.program_id(0), pl.program_id(1)
     rows, scale = _rows(block), width**-0.5
     query, key, value = (pl.ds((i * heads + head) * width, width) for i in range(3))
-    who = start_ref, valid_ref, position_ref
-    q = qkv_ref[rows, query]
+    q, queries = qkv_ref[rows, query], who.queries(rows)
 
-    def add(other, sums):
+    def add(others, sums):
         top, total, out = sums
-        others = _rows(other, _STEP)
-        is_seen = _seen(who, rows, others)
+        is_seen = _seen(queries, who.keys(others))
         scores = _product(q, qkv_ref[others, key], _ABT) * scale
         higher = jnp.maximum(top, jnp.max(jnp.where(is_seen, scores, _LOW), axis=1))
         share = jnp.where(is_seen, jnp.exp(scores - higher[:, None]), 0.0)
@@ -143,8 +157,7 @@ def _segment_forward_kernel(
         return higher, total * fade + jnp.sum(share, axis=1), out * fade[:, None] + mixed
 
     start = jnp.full((BLOCK,), _LOW), jnp.zeros((BLOCK,)), jnp.zeros((BLOCK, width))
-    touched = _touched(first_ref, last_ref, block, _STEP)
-    top, total, out = jax.lax.fori_loop(*touched, add, start)
+    top, total, out = who.sum_up(block, add, start)
     known = jnp.where(total > 0, total, 1.0)
     out_ref[rows, pl.ds(head * width, width)] = (out / known[:, None]).astype(out_ref.dtype)
     log_total_ref[head, rows] = jnp.where(total > 0, top + jnp.log(known), -_LOW)
@@ -154,16 +167,16 @@ class _Head:
     """What the gradients' programs read of one head, and what they all compute."""
 
     def __init__(self, qkv_ref, grad_ref, log_total_ref, *who, heads, width):
-        *self._who, first_ref, last_ref = who
+        *who, first_ref, last_ref = who
+        self.who = _Who(*who, touched=(first_ref, last_ref))
         self._qkv_ref, self._grad_ref, self._log_total_ref = qkv_ref, grad_ref, log_total_ref
-        block, self.head = pl.program_id(0), pl.program_id(1)
-        self.rows, self._scale, self._width = _rows(block), width**-0.5, width
+        self._block, self.head = pl.program_id(0), pl.program_id(1)
+        self.rows, self._scale, self._width = _rows(self._block), width**-0.5, width
         self.columns = {
             name: pl.ds((i * heads + self.head) * width, width)
             for i, name in enumerate(("query", "key", "value"))
         }
         self.own = pl.ds(self.head * width, width)
-        self._touched = _touched(first_ref, last_ref, block, _STEP)
 
     def load(self, name, rows):
         """[rows, width] of the queries, keys or values."""
@@ -173,38 +186,39 @@ class _Head:
         """[rows, width] of the result's gradient."""
         return self._grad_ref[rows, self.own]
 
-    def shares(self, q, queries, k, keys):
+    def load_total(self, rows):
+        """[rows], the logarithm of the softmax's sum."""
+        return self._log_total_ref[self.head, rows]
+
+    def shares(self, q, k, total, is_seen):
         """The softmax's weights, [queries, keys]."""
         scores = _product(q, k, _ABT) * self._scale
-        share = jnp.exp(scores - self._log_total_ref[self.head, queries][:, None])
-        return jnp.where(_seen(self._who, queries, keys), share, 0.0)
+        return jnp.where(is_seen, jnp.exp(scores - total[:, None]), 0.0)
 
-    def pulls(self, q, g, dots, queries, k, v, keys):
+    def pulls(self, share, g, v, dots):
         """The scores' gradient, [queries, keys]."""
-        pull = _product(g, v, _ABT) - dots[:, None]
-        return (self.shares(q, queries, k, keys) * pull * self._scale).astype(q.dtype)
+        return (share * (_product(g, v, _ABT) - dots[:, None]) * self._scale).astype(v.dtype)
 
     def sum(self, of):
         """The sum of `of(rows)` over the rows that the program's block touches."""
-
-        def add(step, total):
-            return total + of(_rows(step, _STEP))
-
-        return jax.lax.fori_loop(*self._touched, add, jnp.zeros((BLOCK, self._width)))
+        start = jnp.zeros((BLOCK, self._width))
+        return self.who.sum_up(self._block, lambda rows, total: total + of(rows), start)
 
 
 def _segment_query_gradient_kernel(*refs, heads, width):
     *known, attended_ref, out_ref, dots_ref = refs
     head = _Head(*known, heads=heads, width=width)
     rows = head.rows
-    q, g = head.load("query", rows), head.load_grad(rows)
+    q, g, total = head.load("query", rows), head.load_grad(rows), head.load_total(rows)
+    queries = head.who.queries(rows)
     attended = attended_ref[rows, head.own].astype(jnp.float32)
     dots = jnp.sum(g.astype(jnp.float32) * attended, axis=1)
     dots_ref[head.head, rows] = dots
 
-    def of(keys):
-        k = head.load("key", keys)
-        return _product(head.pulls(q, g, dots, rows, k, head.load("value", keys), keys), k, _AB)
+    def of(others):
+        k = head.load("key", others)
+        share = head.shares(q, k, total, _seen(queries, head.who.keys(others)))
+        return _product(head.pulls(share, g, head.load("value", others), dots), k, _AB)
 
     out_ref[rows, head.columns["query"]] = head.sum(of).astype(out_ref.dtype)
 
@@ -213,12 +227,13 @@ def _segment_key_gradient_kernel(*refs, heads, width):
     *known, dots_ref, _, out_ref = refs
     head = _Head(*known, heads=heads, width=width)
     rows = head.rows
-    k, v = head.load("key", rows), head.load("value", rows)
+    k, v, keys = head.load("key", rows), head.load("value", rows), head.who.keys(rows)
 
-    def of(queries):
-        q, dots = head.load("query", queries), dots_ref[head.head, queries]
-        pull = head.pulls(q, head.load_grad(queries), dots, queries, k, v, rows)
-        return _product(pull, q, _ATB)
+    def of(others):
+        q, dots = head.load("query", others), dots_ref[head.head, others]
+        is_seen = _seen(head.who.queries(others), keys)
+        share = head.shares(q, k, head.load_total(others), is_seen)
+        return _product(head.pulls(share, head.load_grad(others), v, dots), q, _ATB)
 
     out_ref[rows, head.columns["key"]] = head.sum(of).astype(out_ref.dtype)
 
@@ -227,10 +242,11 @@ def _segment_value_gradient_kernel(*refs, heads, width):
     *known, _, out_ref = refs
     head = _Head(*known, heads=heads, width=width)
     rows = head.rows
-    k = head.load("key", rows)
+    k, keys = head.load("key", rows), head.who.keys(rows)
 
-    def of(queries):
-        share = head.shares(head.load("query", queries), queries, k, rows).astype(k.dtype)
-        return _product(share, head.load_grad(queries), _ATB)
+    def of(others):
+        is_seen = _seen(head.who.queries(others), keys)
+        share = head.shares(head.load("query", others), k, head.load_total(others), is_seen)
+        return _product(share.astype(k.dtype), head.load_grad(others), _ATB)
 
     out_ref[rows, head.columns["value"]] = head.sum(of).astype(out_ref.dtype)

@@ -18,11 +18,15 @@ _LOW = -1e30
 
 
 class _Blocks(NamedTuple):
-    """What decides who sees whom, in blocks of 64 rows, and the blocks that a block touches."""
+    """What decides who sees whom, in blocks of 64 rows, and the rows that a block touches.
 
-    start: Int[Array, "I 64"]
-    is_valid: Bool[Array, "I 64"]
-    position: Int[Array, "I 64"]
+    A query sees a key of the same start, unless the key's position is the higher one. Rows that
+    are not valid start nowhere, as queries elsewhere than as keys.
+    """
+
+    query_start: Int[Array, "I 64"]
+    key_start: Int[Array, "I 64"]
+    position: Int[Array, "I 64"] | None
     first: Int[Array, "I"]
     last: Int[Array, "I"]
 
@@ -73,12 +77,12 @@ def segment_attention(
     row = jnp.arange(rows, dtype=jnp.int32)
     start = jax.lax.cummax(jnp.where(is_new, row, 0))
     stop = jax.lax.cummin(jnp.where(jnp.roll(is_new, -1), row, rows - 1), reverse=True)
-    if position is None:
-        position = jnp.zeros_like(segment)
     blocks = _Blocks(
-        *(a.reshape(-1, BLOCK) for a in (start, is_valid, position)),
-        first=start[::BLOCK] // BLOCK,
-        last=stop[BLOCK - 1 :: BLOCK] // BLOCK,
+        jnp.where(is_valid, start, -1).reshape(-1, BLOCK),
+        jnp.where(is_valid, start, -2).reshape(-1, BLOCK),
+        None if position is None else position.reshape(-1, BLOCK),
+        first=start[::BLOCK],
+        last=stop[BLOCK - 1 :: BLOCK],
     )
     is_fast_width = qkv.shape[-1] in (16, 32, 64, 128, 256)
     has_kernels = is_hopper() and qkv.dtype.itemsize == 2 and is_fast_width
@@ -188,13 +192,13 @@ def _along(blocks: _Blocks, add: Callable, start: tuple | Array) -> tuple | Arra
 
     Who touches whom is mutual, so that this serves queries and keys.
     """
-    most = jnp.max(blocks.last - blocks.first) + 1
+    first, last = blocks.first // BLOCK, blocks.last // BLOCK
 
     def one(j: Array, sums: tuple | Array) -> tuple | Array:
-        other = blocks.first + j
-        return add(jnp.minimum(other, blocks.last), other <= blocks.last, sums)
+        other = first + j
+        return add(jnp.minimum(other, last), other <= last, sums)
 
-    return jax.lax.fori_loop(0, most, one, start)
+    return jax.lax.fori_loop(0, jnp.max(last - first) + 1, one, start)
 
 
 def _of(blocks: _Blocks, other: Int[Array, "I"]) -> _Blocks:
@@ -206,9 +210,9 @@ def _scores(
 ) -> tuple[Float[Array, "I h 64 64"], Bool[Array, "I h 64 64"]]:
     """Scaled products of queries and keys, and which of them count."""
     scores = _product("nqhd,nkhd->nhqk", query, key) * query.shape[-1] ** -0.5
-    is_seen = own.start[:, :, None] == other.start[:, None, :]
-    is_seen &= own.is_valid[:, :, None] & other.is_valid[:, None, :]
-    is_seen &= other.position[:, None, :] <= own.position[:, :, None]
+    is_seen = own.query_start[:, :, None] == other.key_start[:, None, :]
+    if own.position is not None:
+        is_seen &= other.position[:, None, :] <= own.position[:, :, None]
     is_seen &= is_other[:, None, None]
     return scores, jnp.broadcast_to(is_seen[:, None], scores.shape)
 
