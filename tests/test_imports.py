@@ -81,3 +81,27 @@ def test_importing_the_package_leaves_heavy_libraries_out():
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT.parent
     )
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def test_nothing_breaks_without_triton():
+    """Pallas's Triton backend is announced to go."""
+    script = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None
+import jax, jax.numpy as jnp
+from moe_jax.ops import encode, nearest
+from moe_jax.ops._hardware import runs_triton
+from moe_jax.ops.gather_rows import gather_rows
+keys = jnp.eye(128, 64)
+assert not runs_triton()
+print(nearest(keys[:1], keys, jnp.ones(128, bool), k=1, code=encode(keys)).ids.tolist())
+try:
+    gather_rows(jnp.ones((32, 128)), jnp.zeros(32, jnp.int32), implementation="pallas")
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "[[0]]"
+    assert "no Pallas kernels by Triton" in second

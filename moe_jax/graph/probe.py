@@ -12,6 +12,7 @@ from moe_jax.graph._filters import FILTERS, given_filters, shared_mask
 from moe_jax.graph.cells import Cells, check_cells
 from moe_jax.graph.query import Hits, above
 from moe_jax.graph.state import KnowledgeGraph
+from moe_jax.ops._hardware import runs_triton
 from moe_jax.ops.blocks import in_blocks
 from moe_jax.ops.code import Code
 from moe_jax.ops.nearest_in_cells import MAX_FUSED_K, Lists, can_fuse, nearest_in_cells
@@ -93,7 +94,7 @@ def search_cells(
     is_fusible = first_pass == "codes" and can_fuse(cells.num_cells, graph.dim, k)
     is_fusible &= all(value.ndim == 0 for value in wanted.values())
     if implementation is None:
-        implementation = "pallas" if is_fusible and jax.default_backend() == "gpu" else "xla"
+        implementation = "pallas" if is_fusible and runs_triton() else "xla"
     check_choice("implementation", implementation, ("pallas", "xla"))
     if implementation == "pallas" and not is_fusible:
         raise ValueError(

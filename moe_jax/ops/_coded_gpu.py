@@ -13,9 +13,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from moe_jax._types import Array, Bool, Float, Int
+from moe_jax.ops._hardware import triton as plgpu
 from moe_jax.ops._kernel_parts import (
     MAX_CHUNKS,
     Found,

@@ -4,7 +4,17 @@ import functools
 
 import jax
 
-__all__ = ["is_hopper"]
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # jax means to drop it one day
+    triton = None
+
+__all__ = ["is_hopper", "runs_triton", "triton"]
+
+
+def runs_triton() -> bool:
+    """Whether kernels of Pallas's Triton backend run: on a GPU, and while jax has that backend."""
+    return triton is not None and jax.default_backend() == "gpu"
 
 
 @functools.cache

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from moe_jax._types import Array, Bool, Float, Int
+from moe_jax.ops._hardware import triton as plgpu
 
 __all__ = [
     "MAX_CHUNKS",
@@ -108,7 +108,14 @@ def launch(
 
     Returns:
       Arrays like `outputs`.
+
+    Raises:
+      RuntimeError: jax has no Triton backend.
     """
+    if plgpu is None:
+        raise RuntimeError(
+            "this jax has no Pallas kernels by Triton; choose another implementation"
+        )
 
     def whole(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))

@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from moe_jax._types import Array, Float, Int
-from moe_jax.ops._hardware import is_hopper
+from moe_jax.ops._hardware import is_hopper, runs_triton
+from moe_jax.ops._hardware import triton as plgpu
 from moe_jax.ops._kernel_parts import launch
 
 __all__ = ["gather_rows"]
@@ -55,7 +55,7 @@ def gather_rows(
     if implementation is None:
         is_large = x.size * x.dtype.itemsize > _CACHED_BYTES and x.dtype.itemsize == 2
         fits = x.shape[1] % 128 == 0 and row.shape[0] % _ROWS == 0
-        implementation = "pallas" if is_hopper() and is_large and fits else "xla"
+        implementation = "pallas" if is_hopper() and runs_triton() and is_large and fits else "xla"
     if implementation == "xla":
         out = x.at[row].get(mode="fill", fill_value=0)
         if scale is None:

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops import _coded_gpu
+from moe_jax.ops._hardware import runs_triton
 from moe_jax.ops.code import Code
 from moe_jax.ops.similarity import exact_cosine, exact_cosine_at, normalize
 from moe_jax.ops.top_k import top_k
@@ -144,7 +145,7 @@ def nearest(
         return by_code(interpret=jax.default_backend() != "gpu")
     if implementation not in (None, "matmul"):
         raise ValueError(f"implementation must be 'code', 'matmul' or None, got {implementation!r}")
-    if implementation is None and can_code and jax.default_backend() == "gpu":
+    if implementation is None and can_code and runs_triton():
         return jax.lax.platform_dependent(cuda=by_code, default=by_matmul)
     return by_matmul()
 

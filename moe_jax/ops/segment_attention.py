@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops import _segment_attention_gpu as _gpu
-from moe_jax.ops._hardware import is_hopper
+from moe_jax.ops._hardware import is_hopper, runs_triton
 
 __all__ = ["segment_attention"]
 
@@ -85,7 +85,7 @@ def segment_attention(
         last=stop[BLOCK - 1 :: BLOCK],
     )
     is_fast_width = qkv.shape[-1] in (16, 32, 64, 128, 256)
-    has_kernels = is_hopper() and qkv.dtype.itemsize == 2 and is_fast_width
+    has_kernels = is_hopper() and runs_triton() and qkv.dtype.itemsize == 2 and is_fast_width
     return _attend(qkv, blocks, implementation or ("pallas" if has_kernels else "xla"))
 
 

@@ -81,6 +81,21 @@ def test_one_scale_for_all_rows_sums_its_gradient_over_them():
     np.testing.assert_allclose(pull(grad)[2], grad.sum(0, keepdims=True), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 12) and jax.default_backend() != "gpu",
+    reason="this jax asks the GPU before it hands code to Triton",
+)
+def test_the_kernel_lowers():
+    """Without a GPU: up to the code that is handed to Triton."""
+    shapes = [jax.ShapeDtypeStruct(a.shape, jnp.bfloat16) for a in case(256)[1:]]
+
+    def run(*arrays):
+        return gradients("pallas", make_groups(jnp.array(SIZES), sum(SIZES) + 64), *arrays)
+
+    text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "norm_backward" in text
+
+
 def test_an_unknown_implementation_is_refused():
     groups, x, scale, bias, _ = case(256)
     with pytest.raises(ValueError, match=r"implementation must be .xla. or"):
