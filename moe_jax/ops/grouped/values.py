@@ -67,7 +67,7 @@ def block_sums(by_block: Float[Array, "I *J"], groups: Groups) -> Float[Array, "
         >>> import jax.numpy as jnp
         >>> from moe_jax.ops.grouped import make_groups
         >>> groups = make_groups(jnp.array([65, 1]), 66)
-        >>> block_sums(jnp.arange(4.0), groups).tolist()
+        >>> block_sums(jnp.arange(3.0), groups).tolist()
         [1.0, 2.0]
     """
     member = groups.block_group[None] == jnp.arange(groups.num_groups)[:, None]
