@@ -87,7 +87,7 @@ def spread(
     """Every row's own expert's parameter.
 
     Args:
-        x: [R, ...], the rows of all experts, of which nothing is used.
+        x: [R, ...], the rows of all experts; it is only checked that they share it.
         values: [...], one expert's, mapped over by the bank's `vmap`.
         groups: the experts' rows.
 

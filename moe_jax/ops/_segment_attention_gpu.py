@@ -103,13 +103,18 @@ def _rows(block: Any, size: int = BLOCK) -> Any:
     return pl.ds(block * size, size)
 
 
+def _columns(head, heads, width):
+    """Where a head's queries, keys and values are in a row."""
+    return [pl.ds((i * heads + head) * width, width) for i in range(3)]
+
+
 class _Who:
     """What `_flat` made, as a program reads it."""
 
-    def __init__(self, query_start_ref, key_start_ref, *position_ref, touched):
+    def __init__(self, query_start_ref, key_start_ref, *refs):
+        *position_ref, self._first_ref, self._last_ref = refs
         self._query_refs = query_start_ref, *position_ref
         self._key_refs = key_start_ref, *position_ref
-        self._first_ref, self._last_ref = touched
 
     def queries(self, rows):
         """Start and, if it matters, position of rows as queries."""
@@ -138,11 +143,11 @@ def _product(a, b, axes):
 
 
 def _segment_forward_kernel(qkv_ref, *refs, heads, width):
-    *who, first_ref, last_ref, out_ref, log_total_ref = refs
-    who = _Who(*who, touched=(first_ref, last_ref))
+    *who, out_ref, log_total_ref = refs
+    who = _Who(*who)
     block, head = pl.program_id(0), pl.program_id(1)
     rows, scale = _rows(block), width**-0.5
-    query, key, value = (pl.ds((i * heads + head) * width, width) for i in range(3))
+    query, key, value = _columns(head, heads, width)
     q, queries = qkv_ref[rows, query], who.queries(rows)
 
     def add(others, sums):
@@ -167,15 +172,12 @@ class _Head:
     """What the gradients' programs read of one head, and what they all compute."""
 
     def __init__(self, qkv_ref, grad_ref, log_total_ref, *who, heads, width):
-        *who, first_ref, last_ref = who
-        self.who = _Who(*who, touched=(first_ref, last_ref))
+        self.who = _Who(*who)
         self._qkv_ref, self._grad_ref, self._log_total_ref = qkv_ref, grad_ref, log_total_ref
         self._block, self.head = pl.program_id(0), pl.program_id(1)
         self.rows, self._scale, self._width = _rows(self._block), width**-0.5, width
-        self.columns = {
-            name: pl.ds((i * heads + self.head) * width, width)
-            for i, name in enumerate(("query", "key", "value"))
-        }
+        columns = _columns(self.head, heads, width)
+        self.columns = dict(zip(("query", "key", "value"), columns, strict=True))
         self.own = pl.ds(self.head * width, width)
 
     def load(self, name, rows):

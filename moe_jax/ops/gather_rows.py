@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from moe_jax._types import Array, Float, Int
-from moe_jax.ops._hardware import is_hopper, runs_triton
 from moe_jax.ops._hardware import triton as plgpu
+from moe_jax.ops._hardware import triton_or_xla
 from moe_jax.ops._kernel_parts import launch
 
 __all__ = ["gather_rows"]
@@ -50,12 +50,9 @@ def gather_rows(
         >>> gather_rows(x, jnp.array([1, 2]), jnp.array([0.5, 1.0])).tolist()
         [[1.5, 2.0], [0.0, 0.0]]
     """
-    if implementation not in (None, "xla", "pallas", "interpret"):
-        raise ValueError(f'implementation must be "xla" or "pallas", got {implementation!r}')
-    if implementation is None:
-        is_large = x.size * x.dtype.itemsize > _CACHED_BYTES and x.dtype.itemsize == 2
-        fits = x.shape[1] % 128 == 0 and row.shape[0] % _ROWS == 0
-        implementation = "pallas" if is_hopper() and runs_triton() and is_large and fits else "xla"
+    is_large = x.size * x.dtype.itemsize > _CACHED_BYTES
+    fits = is_large and x.shape[1] % 128 == 0 and row.shape[0] % _ROWS == 0
+    implementation = triton_or_xla(implementation, x, fits=fits)
     if implementation == "xla":
         out = x.at[row].get(mode="fill", fill_value=0)
         if scale is None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from moe_jax._types import Array, Dtype, Float
-from moe_jax.ops._hardware import is_hopper, runs_triton
+from moe_jax.ops._hardware import triton_or_xla
 from moe_jax.ops._kernel_parts import launch
 from moe_jax.ops.grouped import BLOCK, Groups, block_sums, to_rows
 
@@ -102,13 +102,9 @@ def group_layer_norm(
         >>> out[jnp.array([0, 64])].round(3).tolist()
         [[0.0, 2.0], [0.0, 4.0]]
     """
-    if implementation not in (None, "xla", "pallas", "interpret"):
-        raise ValueError(f'implementation must be "xla" or "pallas", got {implementation!r}')
-    if implementation is None:
-        width = x.shape[1]
-        fits = width & (width - 1) == 0 and _WIDTHS[0] <= width <= _WIDTHS[1]
-        is_fast = is_hopper() and runs_triton() and fits and x.dtype.itemsize == 2
-        implementation = "pallas" if is_fast else "xla"
+    width = x.shape[1]
+    fits = width & (width - 1) == 0 and _WIDTHS[0] <= width <= _WIDTHS[1]
+    implementation = triton_or_xla(implementation, x, fits=fits)
     if implementation == "xla":
         return layer_norm(x, *_by_row(scale, bias, groups), dtype)
     return _of_groups(x, scale, bias, groups, dtype, implementation == "interpret")

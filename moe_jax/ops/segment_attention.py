@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops import _segment_attention_gpu as _gpu
-from moe_jax.ops._hardware import is_hopper, runs_triton
+from moe_jax.ops._hardware import triton_or_xla
 
 __all__ = ["segment_attention"]
 
@@ -71,8 +71,8 @@ def segment_attention(
     rows = qkv.shape[0]
     if rows % BLOCK:
         raise ValueError(f"qkv must have a multiple of {BLOCK} rows, got {rows}")
-    if implementation not in (None, "xla", "pallas", "interpret"):
-        raise ValueError(f'implementation must be "xla" or "pallas", got {implementation!r}')
+    is_fast_width = qkv.shape[-1] in (16, 32, 64, 128, 256)
+    implementation = triton_or_xla(implementation, qkv, fits=is_fast_width)
     is_new = segment != jnp.roll(segment, 1)
     row = jnp.arange(rows, dtype=jnp.int32)
     start = jax.lax.cummax(jnp.where(is_new, row, 0))
@@ -84,9 +84,7 @@ def segment_attention(
         first=start[::BLOCK],
         last=stop[BLOCK - 1 :: BLOCK],
     )
-    is_fast_width = qkv.shape[-1] in (16, 32, 64, 128, 256)
-    has_kernels = is_hopper() and runs_triton() and qkv.dtype.itemsize == 2 and is_fast_width
-    return _attend(qkv, blocks, implementation or ("pallas" if has_kernels else "xla"))
+    return _attend(qkv, blocks, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -48,7 +48,7 @@ class Tiling:
 
 
 def tiling_for(
-    columns: int, other: int, num_row_tiles: int, num_parts: int = 1, sweep: int = 12
+    columns: int, other: int, num_row_tiles: int, num_parts: int = 1, sweep: int = Tiling.sweep
 ) -> Tiling | None:
     """A tiling that divides the sizes; None where there is none.
 

@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from moe_jax._types import Array, Int
+from moe_jax.ops.grouped._gelu import gelu_tanh
 from moe_jax.ops.grouped.groups import BLOCK
 
 __all__ = ["ROWS", "SWIZZLED", "rows_kernel", "sums_kernel"]
@@ -24,6 +25,11 @@ _LOADER = 2  # the third warpgroup; 0 and 1 multiply
 def _span(index: Int[Array, ""] | int, size: int) -> Any:
     """The slice of the index-th `size` entries."""
     return pl.ds(pl.multiple_of(index * size, size), size)
+
+
+def _line(column: Int[Array, ""], columns: int, i: int) -> Any:
+    """The i-th 64 columns of a tile."""
+    return _span(column * (columns // SWIZZLED) + i, SWIZZLED)
 
 
 def rows_kernel(
@@ -69,11 +75,10 @@ def rows_kernel(
             return ()
         group, _, _, column = place
         own = bias_ref.at[jnp.minimum(group, num_groups - 1)]
-        starts = [column * columns + i * SWIZZLED for i in range(columns // SWIZZLED)]
         # Every thread loads the few columns that it holds.
         return tuple(
-            plgpu.load(own.at[pl.ds(pl.multiple_of(at, SWIZZLED), SWIZZLED)], optimized=False)
-            for at in starts
+            plgpu.load(own.at[_line(column, columns, i)], optimized=False)
+            for i in range(columns // SWIZZLED)
         )
 
     def store(place, bias, accs, half):
@@ -81,11 +86,8 @@ def rows_kernel(
         first = start + half * BLOCK
 
         def to(i):
-            at = column * columns + i * SWIZZLED
-            return out_ref.at[
-                pl.ds(pl.multiple_of(first, BLOCK), BLOCK),
-                pl.ds(pl.multiple_of(at, SWIZZLED), SWIZZLED),
-            ]
+            rows = pl.ds(pl.multiple_of(first, BLOCK), BLOCK)
+            return out_ref.at[rows, _line(column, columns, i)]
 
         def part(i):
             part = _columns(accs[0], i)
@@ -93,7 +95,7 @@ def rows_kernel(
                 return part * _sigmoid(part) * _columns(accs[1], i)
             if is_biased:
                 part = part + lax.broadcast_in_dim(bias[i].astype(jnp.float32), part.shape, (1,))
-            return _gelu_tanh(part) if activation else part
+            return gelu_tanh(part, _sigmoid) if activation else part
 
         @pl.when(rows > half * BLOCK)
         def _():
@@ -140,12 +142,7 @@ def sums_kernel(
         group, _, row, column = place
 
         def to(i):
-            at = column * columns + i * SWIZZLED
-            return out_ref.at[
-                group,
-                _span(row * 2 + half, BLOCK),
-                pl.ds(pl.multiple_of(at, SWIZZLED), SWIZZLED),
-            ]
+            return out_ref.at[group, _span(row * 2 + half, BLOCK), _line(column, columns, i)]
 
         _store(columns // SWIZZLED, lambda i: _columns(accs[0], i), staged, to, half)
 
@@ -237,11 +234,6 @@ def _sigmoid(x):
     """Two operations of the special function unit, where a division would take many more."""
     root = lax.rsqrt(1.0 + lax.exp2(x * -math.log2(math.e)))
     return root * root
-
-
-def _gelu_tanh(x):
-    """The tanh form of GELU, which is x sigmoid(2 u)."""
-    return x * _sigmoid(2 * math.sqrt(2 / math.pi) * x * (1.0 + 0.044715 * x * x))
 
 
 def _columns(acc, i):

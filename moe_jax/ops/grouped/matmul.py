@@ -1,7 +1,6 @@
 """Each group of rows times its own matrix: one API, a reference, and what runs fast where."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax._types import Array, Float, Int
 from moe_jax.ops.grouped import _hopper, _portable
+from moe_jax.ops.grouped._gelu import CUBIC, SCALE, gelu_tanh
 from moe_jax.ops.grouped.groups import Groups, group_of_rows, is_row, make_groups
 from moe_jax.ops.grouped.values import row_sums, to_rows
 
@@ -22,21 +22,17 @@ def _swiglu(x: Float[Array, "*B J"]) -> Float[Array, "*B H"]:
 SUMS = "grouped_matmul"
 """By this name a policy of `jax.checkpoint` keeps the products that the gradient needs."""
 
-_SCALE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
-
 
 def _gelu_tanh(x: Float[Array, "*B J"]) -> Float[Array, "*B J"]:
-    """The tanh form of GELU, as x sigmoid(2 u), which takes fewer operations than a tanh."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    share = jax.nn.sigmoid(_SCALE * wide * (1 + _CUBIC * wide * wide))
-    return (wide * share).astype(x.dtype)
+    return gelu_tanh(wide, jax.nn.sigmoid).astype(x.dtype)
 
 
 def _gelu_tanh_grad(x: Float[Array, "*B J"], grad: Float[Array, "*B J"]) -> Float[Array, "*B J"]:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     square = wide * wide
-    share = jax.nn.sigmoid(_SCALE * wide * (1 + _CUBIC * square))
-    slope = share + _SCALE * wide * share * (1 - share) * (1 + 3 * _CUBIC * square)
+    share = jax.nn.sigmoid(SCALE * wide * (1 + CUBIC * square))
+    slope = share + SCALE * wide * share * (1 - share) * (1 + 3 * CUBIC * square)
     return (grad * slope).astype(x.dtype)
 
 
