@@ -111,14 +111,31 @@ class _EmbeddingAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B S D"], embeddings: Float[Array, "E D"]
     ) -> Float[Array, "B S D"]:
-        batch, length, width = x.shape
-        head = width // self.num_heads
-        query = nn.Dense(width, name="query")(x).reshape(batch, length, self.num_heads, head)
+        width = x.shape[-1]
+        per_head = self.num_heads, width // self.num_heads
         fused = nn.Dense(2 * width, name="key_value")(embeddings)
-        key, value = fused.reshape(-1, 2, self.num_heads, head).swapaxes(0, 1)
-        score = jnp.einsum("bshd,ehd->bshe", query, key) / jnp.sqrt(jnp.float32(head))
-        mixed = jnp.einsum("bshe,ehd->bshd", jax.nn.softmax(score, axis=-1), value)
-        return nn.Dense(width, name="out")(mixed.reshape(batch, length, width))
+        key, value = fused.reshape(-1, 2, *per_head).swapaxes(0, 1)
+        ask, ask_bias = _Affine(width, name="query")(width)
+        tell, tell_bias = _Affine(width, name="out")(width)
+        # With few experts it takes less to multiply their keys and values into the matrices
+        # before and after than to apply those to every token: einsum chooses the cheaper order.
+        score = jnp.einsum("bsx,xhd,ehd->bshe", x, ask.reshape(width, *per_head), key)
+        score += jnp.einsum("hd,ehd->he", ask_bias.reshape(per_head), key)[None, None]
+        share = jax.nn.softmax(score / jnp.sqrt(jnp.float32(per_head[1])), axis=-1)
+        seen = jnp.einsum("bshe,ehd,hdx->bsx", share, value, tell.reshape(*per_head, width))
+        return seen + tell_bias[None, None]
+
+
+class _Affine(nn.Module):
+    """The parameters of a linear layer."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, width: int) -> tuple[Float[Array, "I J"], Float[Array, "J"]]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return jnp.asarray(kernel), jnp.asarray(bias)
 
 
 def _centred_orthogonal(

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.ops.gather_rows import gather_rows
 from moe_jax.ops.grouped import activate, group_of_rows, grouped_matmul, is_row, make_groups
-from moe_jax.ops.layer_norm import group_layer_norm
+from moe_jax.ops.layer_norm import group_layer_norm, group_layer_norm_branch
 from moe_jax.ops.segment_attention import segment_attention
 
 pytestmark = pytest.mark.gpu
@@ -63,8 +63,9 @@ def test_attention(width, longest):
     assert_close(run("pallas", qkv, grad), wanted)
 
 
+@pytest.mark.parametrize("norm_of", [group_layer_norm, group_layer_norm_branch])
 @pytest.mark.parametrize("width", [256, 2048])
-def test_layer_norm(width):
+def test_layer_norm(width, norm_of):
     groups = make_groups(SIZES, int(SIZES.sum()) + 128)
     is_used = np.asarray(is_row(groups))
     x, scale, bias = (
@@ -77,9 +78,8 @@ def test_layer_norm(width):
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation, grad, *inputs):
         def norm(x, scale, bias):
-            return group_layer_norm(
-                x, scale, bias, groups, dtype=x.dtype, implementation=implementation
-            )
+            out = norm_of(x, scale, bias, groups, dtype=x.dtype, implementation=implementation)
+            return out if norm_of is group_layer_norm else 2 * out[0] + out[1]
 
         return values_and_gradients(norm, grad, *inputs)
 
@@ -87,31 +87,35 @@ def test_layer_norm(width):
     assert_close(run("pallas", grad, x, scale, bias), wanted, is_used)
 
 
+@pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "swiglu"])
-def test_grouped_matmul(activation):
+def test_grouped_matmul(activation, has_residual):
     inner, outer = 256, 512
     groups = make_groups(SIZES, int(SIZES.sum()) + 128)
     is_used = np.asarray(is_row(groups))
     x = jnp.where(is_used[:, None], normal(0, is_used.size, inner), 0)
     w = normal(1, 6, inner, outer) / 16
-    own = () if activation == "swiglu" else (normal(2, 6, outer),)
     width = outer // 2 if activation == "swiglu" else outer
+    own = {} if activation == "swiglu" else {"bias": normal(2, 6, outer)}
+    if has_residual:
+        own["residual"] = jnp.where(is_used[:, None], normal(4, is_used.size, width), 0)
     grad = jnp.where(is_used[:, None], normal(3, is_used.size, width), 0)
 
-    def in_kernels(x, w, bias=None):
-        out = grouped_matmul(x, w, groups, bias=bias, activation=activation)
+    def in_kernels(x, w, own):
+        out = grouped_matmul(x, w, groups, activation=activation, **own)
         return jnp.where(is_used[:, None], out, 0)
 
-    def one_by_one(x, w, bias=None):
-        group = group_of_rows(groups)
-        outs = [x @ w[e] + (0 if bias is None else bias[e]) for e in range(w.shape[0])]
+    def one_by_one(x, w, own):
+        group, bias = group_of_rows(groups), own.get("bias", jnp.zeros((6, outer)))
+        outs = [x @ w[e] + bias[e][None] for e in range(w.shape[0])]
         out = sum(jnp.where(group[:, None] == e, out, 0) for e, out in enumerate(outs))
-        return jnp.where(is_used[:, None], activate(out, activation), 0)
+        out = activate(out, activation) + own.get("residual", 0)
+        return jnp.where(is_used[:, None], out, 0)
 
     run = jax.jit(values_and_gradients, static_argnums=0)
     with jax.default_matmul_precision("float32"):
-        wanted = run(one_by_one, *in_float32((grad, x, w, *own)))
-    assert_close(run(in_kernels, grad, x, w, *own), wanted, is_used)
+        wanted = run(one_by_one, *in_float32((grad, x, w, own)))
+    assert_close(run(in_kernels, grad, x, w, own), wanted, is_used)
 
 
 @pytest.mark.parametrize("columns", [128, 1024])

@@ -62,8 +62,16 @@ class Dense(nn.Module):
     dot_general: Callable[..., Array] = jax.lax.dot_general
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B D"], rows: Rows | None = None) -> Float[Array, "*B F"]:
-        """Multiplies and adds; with `rows` x is [R, D] and each row has its own expert."""
+    def __call__(
+        self,
+        x: Float[Array, "*B D"],
+        rows: Rows | None = None,
+        residual: Float[Array, "*B F"] | None = None,
+    ) -> Float[Array, "*B F"]:
+        """Multiplies and adds; with `rows` x is [R, D] and each row has its own expert.
+
+        A residual is added last.
+        """
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, shape[1:]) if self.use_bias else None
@@ -72,11 +80,12 @@ class Dense(nn.Module):
         else:
             x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
             if rows is not None:
-                return by_row.linear(x, kernel, bias, rows.groups, self.activation)
+                return by_row.linear(x, kernel, bias, rows.groups, self.activation, residual)
             out = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         if bias is not None:
             out = out + bias.reshape((1,) * (x.ndim - 1) + shape[1:])
-        return out if self.activation is None else activate(out, self.activation)
+        out = activate(out, self.activation)
+        return out if residual is None else out + residual
 
 
 class LayerNorm(nn.Module):
@@ -88,24 +97,34 @@ class LayerNorm(nn.Module):
 
     dtype: Dtype = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        """Names the parameters' place."""
+        self.norm = _Norm()
+
     def __call__(self, x: Float[Array, "*B D"], rows: Rows | None = None) -> Float[Array, "*B D"]:
         """Normalises the last axis; with `rows` x is [R, D], scaled by each row's expert."""
-        return _Norm(self.dtype, name="norm")(x, rows)
+        scale, bias = self.norm(x)
+        if rows is not None:
+            return by_row.norm(x, scale, bias, rows.groups, self.dtype)
+        one = (1,) * (x.ndim - 1)
+        scale, bias = (a.reshape(*one, -1) for a in (scale, bias))
+        return layer_norm(x, scale, bias, self.dtype)
+
+    def branch(
+        self, x: Float[Array, "*B D"], rows: Rows | None = None
+    ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+        """`x` and its norm, for a layer that is added to what it reads."""
+        if rows is None:
+            return x, self(x)
+        return by_row.norm_branch(x, *self.norm(x), rows.groups, self.dtype)
 
 
 class _Norm(nn.Module):
-    dtype: Dtype
-
     @nn.compact
-    def __call__(self, x: Float[Array, "*B D"], rows: Rows | None) -> Float[Array, "*B D"]:
-        one = (1,) * (x.ndim - 1)
+    def __call__(self, x: Float[Array, "*B D"]) -> tuple[Float[Array, "D"], Float[Array, "D"]]:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        if rows is not None:
-            return by_row.norm(x, scale, bias, rows.groups, self.dtype)
-        scale, bias = (jnp.asarray(a).reshape(*one, -1) for a in (scale, bias))
-        return layer_norm(x, scale, bias, self.dtype)
+        return jnp.asarray(scale), jnp.asarray(bias)
 
 
 class Dropout(nn.Module):
@@ -170,6 +189,7 @@ class SelfAttention(nn.Module):
         is_valid: Bool[Array, "*B C"],
         position: Int[Array, "*B C"],
         rows: Rows | None = None,
+        residual: Float[Array, "*B C H"] | None = None,
     ) -> Float[Array, "*B C H"]:
         """Attends; invalid tokens are seen by none, and rows only by their own sequence's."""
         width = x.shape[-1]
@@ -178,7 +198,7 @@ class SelfAttention(nn.Module):
         heads = fused.reshape(-1, x.shape[-2], 3, self.num_heads, width // self.num_heads)
         among = self._among_slots if rows is None else self._among_rows
         mixed = among(heads, is_valid, position, rows)
-        return dense(width, name="out")(mixed.reshape(x.shape), rows)
+        return dense(width, name="out")(mixed.reshape(x.shape), rows, residual)
 
     def _among_slots(
         self,

@@ -15,9 +15,9 @@ from jax.custom_batching import custom_vmap
 
 from moe_jax._types import Array, Dtype, Float, Int
 from moe_jax.ops.grouped import Groups, grouped_matmul, to_rows
-from moe_jax.ops.layer_norm import group_layer_norm
+from moe_jax.ops.layer_norm import group_layer_norm, group_layer_norm_branch
 
-__all__ = ["Rows", "linear", "norm", "spread"]
+__all__ = ["Rows", "linear", "norm", "norm_branch", "spread"]
 
 
 class Rows(NamedTuple):
@@ -39,6 +39,7 @@ def linear(
     bias: Float[Array, "J"] | None,
     groups: Groups,
     activation: str | None = None,
+    residual: Float[Array, "R _"] | None = None,
 ) -> Float[Array, "R _"]:
     """Every row times its own expert's matrix, plus its bias.
 
@@ -48,15 +49,19 @@ def linear(
         bias: [J], likewise; None for none.
         groups: the experts' rows.
         activation: of the sums, as `moe_jax.ops.grouped.grouped_matmul` takes it.
+        residual: added to the result; None for none.
 
     Returns:
         [R, J], or [R, J / 2] for "swiglu".
     """
 
-    def of_all(x: Array, kernel: Array, bias: Array | None, groups: Groups) -> Array:
-        return grouped_matmul(x, kernel, groups, bias=bias, activation=activation)
+    def of_all(
+        rows: tuple[Array, Array | None], kernel: Array, bias: Array | None, groups: Groups
+    ) -> Array:
+        how = {"bias": bias, "activation": activation, "residual": rows[1]}
+        return grouped_matmul(rows[0], kernel, groups, **how)
 
-    return _by_expert(of_all, x, (kernel, bias), groups)
+    return _by_expert(of_all, (x, residual), (kernel, bias), groups)
 
 
 def norm(
@@ -81,6 +86,18 @@ def norm(
     return _by_expert(functools.partial(group_layer_norm, dtype=dtype), x, (scale, bias), groups)
 
 
+def norm_branch(
+    x: Float[Array, "R D"],
+    scale: Float[Array, "D"],
+    bias: Float[Array, "D"],
+    groups: Groups,
+    dtype: Dtype,
+) -> tuple[Float[Array, "R D"], Float[Array, "R D"]]:
+    """`x` and its `norm`; see `moe_jax.ops.layer_norm.group_layer_norm_branch`."""
+    of_all = functools.partial(group_layer_norm_branch, dtype=dtype)
+    return _by_expert(of_all, x, (scale, bias), groups)
+
+
 def spread(
     x: Float[Array, "R _"], values: Float[Array, "*J"], groups: Groups
 ) -> Float[Array, "R *J"]:
@@ -97,24 +114,23 @@ def spread(
     return _by_expert(lambda _, values, groups: to_rows(values, groups), x, (values,), groups)
 
 
-def _by_expert(
-    of_all: Callable, x: Float[Array, "R _"], own: tuple[Array | None, ...], groups: Groups
-) -> Float[Array, "R _"]:
+def _by_expert(of_all: Callable, x: Any, own: tuple[Array | None, ...], groups: Groups) -> Any:
     """Calls `of_all(x, *parameters of all experts, groups)`, given one expert's or all."""
 
     @custom_vmap
-    def run(x: Array, own: tuple[Array | None, ...], groups: Groups) -> Array:
+    def run(x: Any, own: tuple[Array | None, ...], groups: Groups) -> Any:
         # Outside the bank one expert's parameters serve all rows.
         return of_all(x, *(_of_all(groups.num_groups, a) for a in own), groups)
 
     @run.def_vmap
-    def _(size: int, is_mapped: Any, x: Array, own: tuple[Array | None, ...], groups: Groups):
-        if is_mapped[0] or any(jax.tree.leaves(is_mapped[2])):
+    def _(size: int, is_mapped: Any, x: Any, own: tuple[Array | None, ...], groups: Groups):
+        if any(jax.tree.leaves((is_mapped[0], is_mapped[2]))):
             raise ValueError("rows of experts must be shared by all experts, and not mapped over")
         mapped = (
             a if is_own else _of_all(size, a) for a, is_own in zip(own, is_mapped[1], strict=True)
         )
-        return of_all(x, *mapped, groups), False
+        out = of_all(x, *mapped, groups)
+        return out, jax.tree.map(lambda _: False, out)
 
     return run(x, own, groups)
 

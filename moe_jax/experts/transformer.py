@@ -1,6 +1,7 @@
 """The standard expert: an encoder, one transformer layer, a decoder and a confidence head."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -93,11 +94,22 @@ class TransformerExpert(nn.Module):
         hidden = self.encoder_norm(self.encoder(x, rows), rows)
         # Held as it is, or the compiler would make it again for each of its two readers.
         hidden = jax.lax.optimization_barrier(self.drop(self._gelu(hidden), is_training))
-        mixed = self.attention(self.attention_norm(hidden, rows), is_valid, position, rows)
-        hidden = hidden + self.drop(mixed, is_training)
-        inner = self.feed_forward_up(self.feed_forward_norm(hidden, rows), rows)
-        inner = self.feed_forward_down(self.drop(inner, is_training), rows)
-        return hidden + self.drop(inner, is_training)
+        hidden, unit = self.attention_norm.branch(hidden, rows)
+        attend = functools.partial(self.attention, unit, is_valid, position, rows)
+        hidden = self._add(hidden, attend, is_training)
+        hidden, unit = self.feed_forward_norm.branch(hidden, rows)
+        inner = self.drop(self.feed_forward_up(unit, rows), is_training)
+        return self._add(
+            hidden, functools.partial(self.feed_forward_down, inner, rows), is_training
+        )
+
+    def _add(
+        self, hidden: Float[Array, "*B C H"], layer: Callable, is_training: bool
+    ) -> Float[Array, "*B C H"]:
+        """Adds a layer, which does so itself, and for less, where nothing is dropped of it."""
+        if is_training and self.dropout:
+            return hidden + self.drop(layer(), is_training)
+        return layer(residual=hidden)
 
     def decode(
         self, hidden: Float[Array, "*B C H"], is_training: bool = False, rows: Rows | None = None

@@ -11,7 +11,7 @@ from moe_jax.ops._hardware import triton_or_xla
 from moe_jax.ops._kernel_parts import launch
 from moe_jax.ops.grouped import BLOCK, Groups, block_sums, to_rows
 
-__all__ = ["EPS", "group_layer_norm", "layer_norm"]
+__all__ = ["EPS", "group_layer_norm", "group_layer_norm_branch", "layer_norm"]
 
 EPS = 1e-5
 
@@ -102,12 +102,59 @@ def group_layer_norm(
         >>> out[jnp.array([0, 64])].round(3).tolist()
         [[0.0, 2.0], [0.0, 4.0]]
     """
-    width = x.shape[1]
-    fits = width & (width - 1) == 0 and _WIDTHS[0] <= width <= _WIDTHS[1]
-    implementation = triton_or_xla(implementation, x, fits=fits)
+    implementation = _choose(implementation, x)
     if implementation == "xla":
         return layer_norm(x, *_by_row(scale, bias, groups), dtype)
     return _of_groups(x, scale, bias, groups, dtype, implementation == "interpret")
+
+
+def group_layer_norm_branch(
+    x: Float[Array, "R D"],
+    scale: Float[Array, "E D"],
+    bias: Float[Array, "E D"],
+    groups: Groups,
+    *,
+    dtype: Dtype,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "R D"], Float[Array, "R D"]]:
+    """`x` and its `group_layer_norm`, for a layer that is added to what it normalises.
+
+    The kernel then adds the two gradients of `x` in the pass that makes the second.
+
+    Args:
+        x: [R, D], rows in groups.
+        scale: [E, D].
+        bias: [E, D].
+        groups: the layout of the R rows.
+        dtype: of what is normalised.
+        implementation: as `group_layer_norm` takes it.
+
+    Returns:
+        `x`, and [R, D].
+
+    Raises:
+        ValueError: `implementation` is unknown.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from moe_jax.ops.grouped import make_groups
+        >>> x, one = jnp.array([[1.0, 3.0]]).repeat(64, 0), jnp.ones((1, 2))
+        >>> x, unit = group_layer_norm_branch(
+        ...     x, one, one, make_groups(jnp.array([1]), 1), dtype=jnp.float32
+        ... )
+        >>> (x + unit)[0].round(3).tolist()
+        [1.0, 5.0]
+    """
+    implementation = _choose(implementation, x)
+    if implementation == "xla":
+        return x, layer_norm(x, *_by_row(scale, bias, groups), dtype)
+    return _branch(x, scale, bias, groups, dtype, implementation == "interpret")
+
+
+def _choose(implementation: str | None, x: Array) -> str:
+    width = x.shape[1]
+    fits = width & (width - 1) == 0 and _WIDTHS[0] <= width <= _WIDTHS[1]
+    return triton_or_xla(implementation, x, fits=fits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -122,12 +169,31 @@ def _of_groups_forward(x, scale, bias, groups, dtype, interpret):
 
 def _of_groups_backward(dtype, interpret, residuals, grad):
     del dtype
+    return _gradients(residuals, (grad,), interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _branch(x, scale, bias, groups, dtype, interpret):
+    return x, _of_groups(x, scale, bias, groups, dtype, interpret)
+
+
+def _branch_forward(x, scale, bias, groups, dtype, interpret):
+    return _branch(x, scale, bias, groups, dtype, interpret), (x, scale, bias, groups)
+
+
+def _branch_backward(dtype, interpret, residuals, grads):
+    del dtype
+    return _gradients(residuals, grads[::-1], interpret)
+
+
+def _gradients(residuals, grads, interpret):
+    """Those of x, scale and bias, from that of the result and, if there is one, of x itself."""
     x, scale, bias, groups = residuals
     num_blocks, width = x.shape[0] // BLOCK, x.shape[1]
     grad_x, by_block = launch(
         _norm_backward_kernel,
         (num_blocks,),
-        (x, grad, scale, groups.block_group),
+        (x, scale, groups.block_group, *grads),
         (
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((num_blocks, 2, width), jnp.float32),
@@ -139,6 +205,7 @@ def _of_groups_backward(dtype, interpret, residuals, grad):
     return grad_x, sums[:, 0].astype(scale.dtype), sums[:, 1].astype(bias.dtype), None
 
 
+_branch.defvjp(_branch_forward, _branch_backward)
 _of_groups.defvjp(_of_groups_forward, _of_groups_backward)
 
 
@@ -149,7 +216,8 @@ def _by_row(scale: Float[Array, "E D"], bias: Float[Array, "E D"], groups: Group
     ]
 
 
-def _norm_backward_kernel(x_ref, grad_ref, scale_ref, group_ref, grad_x_ref, sums_ref):
+def _norm_backward_kernel(x_ref, scale_ref, group_ref, grad_ref, *refs):
+    *passed, grad_x_ref, sums_ref = refs
     block, width = pl.program_id(0), x_ref.shape[1]
     # Blocks after the last group have none, and no gradient either.
     group = jnp.minimum(group_ref[block], scale_ref.shape[0] - 1)
@@ -159,7 +227,10 @@ def _norm_backward_kernel(x_ref, grad_ref, scale_ref, group_ref, grad_x_ref, sum
         row = pl.ds(block * BLOCK + i, 1)
         mean, inverse = _moments(x := x_ref[row, :].astype(jnp.float32))
         grad, unit = grad_ref[row, :].astype(jnp.float32), (x - mean) * inverse
-        grad_x_ref[row, :] = _pull_back(unit, inverse, grad * scale).astype(grad_x_ref.dtype)
+        grad_x = _pull_back(unit, inverse, grad * scale)
+        for ref in passed:
+            grad_x += ref[row, :].astype(jnp.float32)
+        grad_x_ref[row, :] = grad_x.astype(grad_x_ref.dtype)
         return sums[0] + grad[0] * unit[0], sums[1] + grad[0]
 
     sums = jax.lax.fori_loop(0, BLOCK, step, (jnp.zeros(width), jnp.zeros(width)))

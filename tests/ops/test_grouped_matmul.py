@@ -20,9 +20,9 @@ SIZES = {
 ROWS = 200
 
 
-def operands(dtype=jnp.float32, seed=0):
+def operands(dtype=jnp.float32, seed=0, rows=ROWS):
     rng = np.random.default_rng(seed)
-    x, grad = (rng.normal(size=(ROWS, n)) for n in (INNER, OUTER))
+    x, grad = (rng.normal(size=(rows, n)) for n in (INNER, OUTER))
     w = rng.normal(size=(3, INNER, OUTER))
     return tuple(jnp.asarray(a, dtype) for a in (x, w, grad))
 
@@ -78,27 +78,33 @@ def test_rows_after_the_last_group_may_hold_anything(sizes):
     assert not np.any(found[1][sum(sizes) :])
 
 
+@pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "swiglu"])
-def test_bias_and_activation(activation):
+def test_bias_activation_and_residual(activation, has_residual):
     """The same values and gradients as by hand, one group after the other."""
     x, w, grad = operands()
     w, bias, sizes = w / 8, jax.random.normal(jax.random.key(1), (3, OUTER)), [100, 0, 70]
 
-    def by_hand(x, w, bias):
+    width = OUTER // 2 if activation == "swiglu" else OUTER
+    more = (jax.random.normal(jax.random.key(2), (ROWS, width)),) if has_residual else ()
+
+    def by_hand(x, w, bias, residual=None):
         owner = np.repeat(np.arange(3), sizes)
         out = jnp.einsum("ri,rij->rj", x[:170], w[owner], precision="highest") + bias[owner]
         if activation == "swiglu":
-            out = jax.nn.silu(out[:, : OUTER // 2]) * out[:, OUTER // 2 :]
+            out = jax.nn.silu(out[:, :width]) * out[:, width:]
         elif activation:
             out = jax.nn.gelu(out, approximate=activation == "gelu_tanh")
+        out = out if residual is None else out + residual[:170]
         return jnp.pad(out, ((0, ROWS - 170), (0, 0)))
 
-    def fast(x, w, bias):
-        return grouped_matmul(x, w, jnp.array(sizes), bias=bias, activation=activation)
+    def fast(x, w, bias, residual=None):
+        how = {"bias": bias, "activation": activation, "residual": residual}
+        return grouped_matmul(x, w, jnp.array(sizes), **how)
 
     def with_gradients(run, grad):
-        out, back = jax.vjp(run, x, w, bias)
-        return out, *back(grad[:, : out.shape[1]])
+        out, back = jax.vjp(run, x, w, bias, *more)
+        return out, *back(grad[:, :width])
 
     found, expected = (jax.jit(functools.partial(with_gradients, f))(grad) for f in (fast, by_hand))
     assert_close(found, [np.asarray(a, np.float64) for a in expected], jnp.float32)
@@ -169,7 +175,7 @@ def test_hopper_kernels_interpreted(leg, monkeypatch):
 
 
 NEWER = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="the kernels load a bias as jax 0.11 has it"
+    jax.__version_info__ < (0, 11), reason="the kernels load what they add as jax 0.11 has it"
 )
 
 
@@ -200,6 +206,22 @@ def test_hopper_kernels_gate_before_rounding(monkeypatch):
     found = _hopper.rows_by_matrices(laid_out, w, groups, **how)[row]
     gate, up = np.split(slow(x[:n], w, jnp.zeros((n, OUTER)), sizes)[0], 2, axis=1)
     assert_close([found], [gate / (1 + np.exp(-gate)) * up], jnp.bfloat16)
+
+
+@NEWER
+def test_hopper_kernels_add_a_residual_before_rounding(monkeypatch):
+    monkeypatch.setattr(_hopper, "_num_programs", lambda: 2)
+    # The second group's second tile is half a tile, and one block is of no group.
+    sizes, (x, w, residual) = [20, 140, 1], operands(jnp.bfloat16, rows=200)
+    groups, n = make_groups(jnp.array(sizes), 225), sum(sizes)
+    row = np.flatnonzero(is_row(groups))
+    laid_out, added = (
+        jnp.zeros((groups.num_rows, a.shape[1]), a.dtype).at[row].set(a[:n]) for a in (x, residual)
+    )
+    how = {"residual": added, "interpret": interpreter()}
+    found = _hopper.rows_by_matrices(laid_out, w, groups, **how)[row]
+    product, _, _ = slow(x[:n], w, jnp.zeros((n, OUTER)), sizes)
+    assert_close([found], [product + np.asarray(residual[:n], np.float64)], jnp.bfloat16)
 
 
 @NEWER

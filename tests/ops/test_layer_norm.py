@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.ops.grouped import is_row, make_groups, to_rows
-from moe_jax.ops.layer_norm import EPS, group_layer_norm, layer_norm
+from moe_jax.ops.layer_norm import EPS, group_layer_norm, group_layer_norm_branch, layer_norm
 
 SIZES = [70, 0, 1, 128, 3]
 
@@ -72,6 +72,24 @@ def test_sixteen_bits_are_computed_in_float32(implementation):
             got, wanted = got[there], np.asarray(wanted)[there]
         # Half of a unit in the last place, and a little for what was near the middle.
         np.testing.assert_allclose(got, wanted, rtol=0.51 * 2**-7, atol=2e-4)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_a_branch_is_the_input_and_its_norm_and_adds_their_gradients(implementation):
+    groups, x, scale, bias, grad = case(256)
+    how = {"dtype": x.dtype, "implementation": implementation}
+
+    def both(x, scale, bias):
+        return group_layer_norm_branch(x, scale, bias, groups, **how)
+
+    (passed, unit), pull = jax.vjp(both, x, scale, bias)
+    np.testing.assert_array_equal(passed, x)
+    out, wanted, *others = gradients(implementation, groups, x, scale, bias, grad)
+    np.testing.assert_array_equal(unit, out)
+    found, *found_others = pull((2 * grad, grad))
+    np.testing.assert_allclose(found, wanted + 2 * grad, rtol=1e-6, atol=1e-6)
+    for a, b in zip(found_others, others, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_one_scale_for_all_rows_sums_its_gradient_over_them():

@@ -125,6 +125,7 @@ def rows_by_matrices(
     transpose: bool = False,
     bias: Float[Array, "E J"] | None = None,
     activation: str | None = None,
+    residual: Float[Array, "R J"] | None = None,
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> Float[Array, "R _"]:
@@ -138,6 +139,7 @@ def rows_by_matrices(
         bias: [E, J], added in float32 before anything is rounded.
         activation: of `ACTIVATIONS`, taken in float32 before anything is rounded, or None.
             With "swiglu" w is [E, I, 2 * J], first the gates, and there is no bias.
+        residual: [R, J] of the same dtype, added last of all, before anything is rounded.
         tiling: how to cut the work; None for the usual.
         interpret: parameters of Pallas's interpreter, to run without a GPU.
 
@@ -146,17 +148,24 @@ def rows_by_matrices(
     """
     width = w.shape[1] if transpose else w.shape[2]
     is_gated, is_biased = activation == "swiglu", bias is not None
+    has_residual = residual is not None
     outer = width // 2 if is_gated else width
     parts = 1 + is_gated
     num_blocks = groups.block_group.shape[0]
     # Groups of a tile or two share nothing, and each matrix is best read from end to end.
     sweep = 1 if num_blocks <= 4 * groups.num_groups else Tiling.sweep
     tiling = tiling or tiling_for(width, x.shape[1], num_blocks, parts, sweep)
-    if tiling is None or (is_gated and (is_biased or transpose or outer % 128)):
+    if tiling is None or (is_gated and (is_biased or has_residual or transpose or outer % 128)):
         raise ValueError(f"w must have sizes that 64 divides (128 if gated), got {w.shape}")
+    if has_residual:
+        # A tile of the residual waits where that of the result is staged.
+        stages = min(tiling.stages, 3) if tiling.columns == 256 else tiling.stages
+        tiling = dataclasses.replace(
+            tiling, stages=stages, slots=max(2, tiling.columns // SWIZZLED)
+        )
     kernel = functools.partial(
         rows_kernel, tiling=tiling, inner=x.shape[1], outer=outer, num_groups=groups.num_groups,
-        transpose=transpose, activation=activation, is_biased=is_biased,
+        transpose=transpose, activation=activation, is_biased=is_biased, has_residual=has_residual,
     )  # fmt: skip
     columns = tiling.columns // parts
     step = (parts, columns, tiling.depth) if transpose else (parts, tiling.depth, columns)
@@ -168,8 +177,9 @@ def rows_by_matrices(
     blocks = ((ROWS, tiling.depth), step)
     # An input that the kernel has no use for costs nothing, and spares a second signature.
     bias = bias if is_biased else jnp.zeros((1, SWIZZLED), x.dtype)
+    residual = residual if has_residual else jnp.zeros((BLOCK, SWIZZLED), x.dtype)
     launch = _launch(kernel, out, blocks, tiling, interpret, num_copies=1 + parts)
-    return launch(*row_tiles(groups), x, w, bias)
+    return launch(*row_tiles(groups), x, w, bias, residual)
 
 
 def rows_by_rows(
@@ -228,6 +238,7 @@ def _launch(
             shared(2, tiling.slots, BLOCK, SWIZZLED),
             plgpu.Barrier(num_arrivals=num_copies, num_barriers=tiling.stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
+            plgpu.Barrier(num_arrivals=max(1, tiling.columns // SWIZZLED), num_barriers=2),
         ],
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,

@@ -33,9 +33,9 @@ def _line(column: Int[Array, ""], columns: int, i: int) -> Any:
 
 
 def rows_kernel(
-    group_ref, start_ref, rows_ref, num_ref, x_ref, w_ref, bias_ref, out_ref,
-    x_shared, w_shared, staged, loaded, consumed,
-    *, tiling, inner, outer, num_groups, transpose, is_biased, activation,
+    group_ref, start_ref, rows_ref, num_ref, x_ref, w_ref, bias_ref, residual_ref, out_ref,
+    x_shared, w_shared, staged, loaded, consumed, fetched,
+    *, tiling, inner, outer, num_groups, transpose, is_biased, has_residual, activation,
 ):  # fmt: skip
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -43,6 +43,7 @@ def rows_kernel(
     is_gated = activation == "swiglu"
     parts, depth = 1 + is_gated, tiling.depth
     columns = tiling.columns // parts
+    num_lines = columns // SWIZZLED
     num_row_tiles = num_ref[0]
     shape = (num_row_tiles, outer // columns)
 
@@ -77,43 +78,53 @@ def rows_kernel(
         own = bias_ref.at[jnp.minimum(group, num_groups - 1)]
         # Every thread loads the few columns that it holds.
         return tuple(
-            plgpu.load(own.at[_line(column, columns, i)], optimized=False)
-            for i in range(columns // SWIZZLED)
+            plgpu.load(own.at[_line(column, columns, i)], optimized=False) for i in range(num_lines)
         )
 
+    def at(place, half, i):
+        _, start, _, column = place
+        rows = pl.ds(pl.multiple_of(start + half * BLOCK, BLOCK), BLOCK)
+        return rows, _line(column, columns, i)
+
+    def fetch(place, half):
+        # To where the sum is staged, once what was staged there for the last tile has left.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for i in range(num_lines):
+            plgpu.copy_gmem_to_smem(
+                residual_ref.at[at(place, half, i)], staged.at[half, i], fetched.at[half]
+            )
+
     def store(place, bias, accs, half):
-        _, start, rows, column = place
-        first = start + half * BLOCK
-
-        def to(i):
-            rows = pl.ds(pl.multiple_of(first, BLOCK), BLOCK)
-            return out_ref.at[rows, _line(column, columns, i)]
-
         def part(i):
             part = _columns(accs[0], i)
             if is_gated:
                 return part * _sigmoid(part) * _columns(accs[1], i)
             if is_biased:
                 part = part + lax.broadcast_in_dim(bias[i].astype(jnp.float32), part.shape, (1,))
-            return gelu_tanh(part, _sigmoid) if activation else part
+            part = gelu_tanh(part, _sigmoid) if activation else part
+            return part + staged[half, i].astype(jnp.float32) if has_residual else part
 
-        @pl.when(rows > half * BLOCK)
-        def _():
-            _store(columns // SWIZZLED, part, staged, to, half)
+        if has_residual:
+            plgpu.barrier_wait(fetched.at[half])
+        _store(num_lines, part, staged, lambda i: out_ref.at[at(place, half, i)], half)
+
+    def is_idle(place, half):
+        return place[2] <= half * BLOCK
 
     _work(
-        shape[0] * shape[1], locate, load, prepare, multiply, store,
-        (columns,) * parts, tiling.stages, loaded, consumed,
+        shape[0] * shape[1], locate, is_idle, load, prepare, fetch if has_residual else None,
+        multiply, store, (columns,) * parts, tiling.stages, loaded, consumed,
     )  # fmt: skip
 
 
 def sums_kernel(
     start_ref, blocks_ref, x_ref, y_ref, out_ref,
-    x_shared, y_shared, staged, loaded, consumed,
+    x_shared, y_shared, staged, loaded, consumed, fetched,
     *, tiling, inner, outer, num_groups,
 ):  # fmt: skip
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    del fetched
     columns, depth = tiling.columns, tiling.depth
     shape = (inner // ROWS, outer // columns)
     num_tiles = shape[0] * shape[1]
@@ -147,19 +158,24 @@ def sums_kernel(
         _store(columns // SWIZZLED, lambda i: _columns(accs[0], i), staged, to, half)
 
     _work(
-        num_groups * num_tiles, locate, load, lambda place: (), multiply, store,
-        (columns,), tiling.stages, loaded, consumed,
+        num_groups * num_tiles, locate, lambda place, half: False, load, lambda place: (), None,
+        multiply, store, (columns,), tiling.stages, loaded, consumed,
     )  # fmt: skip
 
 
-def _work(num_tiles, locate, load, prepare, multiply, store, widths, stages, loaded, consumed):
+def _work(
+    num_tiles, locate, is_idle, load, prepare, fetch, multiply, store, widths, stages, loaded,
+    consumed,
+):  # fmt: skip
     """Runs all tiles: loader and multipliers meet at the ring's barriers, step after step.
 
     Args:
         num_tiles: of all programs together; program p takes tiles p, p + programs, and so on.
         locate: tile -> steps of its contraction, which may be none, and its place, read once.
+        is_idle: (place, half) -> whether that half has nothing to multiply and store.
         load: (place, step, slot of the ring), starts the copies.
         prepare: place -> what storing will need, asked for before the products.
+        fetch: (place, half), asks for more of it while the products run; or None.
         multiply: (accumulators, slot of the ring, half), starts a product for each.
         store: (place, what was prepared, results, half).
         widths: columns of each accumulator.
@@ -198,34 +214,44 @@ def _work(num_tiles, locate, load, prepare, multiply, store, widths, stages, loa
         @plgpu.nd_loop((num_tiles,), collective_axes="program", init_carry=jnp.int32(0))
         def _(tile, carry):
             num_steps, place = locate(tile.index[0])
-            prepared = prepare(place)
+            idle = is_idle(place, warpgroup)
+            last = carry + num_steps
+
+            def release(done):
+                plgpu.barrier_arrive(consumed.at[lax.rem(done, jnp.int32(stages))])
 
             def contract(*accs):
-                def one(step, done):
+                def one(done):
                     ring = lax.rem(done, jnp.int32(stages))
                     plgpu.barrier_wait(loaded.at[ring])
                     multiply(accs, ring, warpgroup)
                     # The products of the step before have ended, and this one's run on.
                     plgpu.wgmma_wait(len(accs))
+                    pl.when(done > carry)(lambda: release(done - 1))
+                    if fetch:
+                        pl.when(done == carry + num_steps // 2)(lambda: fetch(place, warpgroup))
 
-                    @pl.when(step > 0)
-                    def _():
-                        plgpu.barrier_arrive(consumed.at[lax.rem(done - 1, jnp.int32(stages))])
-
-                    return done + 1
-
-                done = lax.fori_loop(0, num_steps, one, carry)
+                pl.loop(carry, last)(one)
                 plgpu.wgmma_wait(0)
+                pl.when(num_steps > 0)(lambda: release(last - 1))
+                return tuple(acc[...] for acc in accs)
 
-                @pl.when(num_steps > 0)
-                def _():
-                    plgpu.barrier_arrive(consumed.at[lax.rem(done - 1, jnp.int32(stages))])
+            @pl.when(jnp.logical_not(idle))
+            def _():
+                prepared = prepare(place)
+                if fetch:
+                    pl.when(num_steps == 0)(lambda: fetch(place, warpgroup))
+                results = pl.run_scoped(contract, *(plgpu.ACC((BLOCK, n)) for n in widths))
+                store(place, prepared, results, warpgroup)
 
-                return *(acc[...] for acc in accs), done
+            @pl.when(idle)
+            def _():
+                @pl.loop(carry, last)
+                def _(done):
+                    plgpu.barrier_wait(loaded.at[lax.rem(done, jnp.int32(stages))])
+                    release(done)
 
-            *results, done = pl.run_scoped(contract, *(plgpu.ACC((BLOCK, n)) for n in widths))
-            store(place, prepared, results, warpgroup)
-            return done
+            return last
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

@@ -83,9 +83,10 @@ def grouped_matmul(
     *,
     bias: Float[Array, "_ J"] | None = None,
     activation: str | None = None,
+    residual: Float[Array, "R _"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "R _"]:
-    """Multiplies the rows of group e by w[e]; differentiable in `x`, `w` and `bias`.
+    """Multiplies the rows of group e by w[e]; differentiable in all but the groups.
 
     With `Groups` the rows are laid out as `make_groups` says, and are used where they lie. What
     padding holds must be finite, and what comes out there must not be used. With sizes alone the
@@ -102,6 +103,8 @@ def grouped_matmul(
         bias: [E, J], one for each group, added to the products; None for none.
         activation: "gelu" or "gelu_tanh", taken of the sums; "swiglu", which takes the first half
             of a row as gates of the other, silu(gate) * up; None for none.
+        residual: [R, J], or [R, J / 2] for "swiglu", added to the result; None for none. Its rows
+            lie as those of `x` do, and its dtype is that of `x`.
         implementation: "xla", everywhere; "mosaic", kernels for NVIDIA Hopper (16-bit, I and J
             multiples of 128, jax 0.11); None for the kernels where they can run.
 
@@ -117,7 +120,7 @@ def grouped_matmul(
         >>> grouped_matmul(x, w, jnp.array([1, 2]))[:, 0].tolist()
         [2.0, 4.0, 4.0, 0.0]
     """
-    _check(x, w, groups)
+    _check(x, w, residual, groups)
     if activation not in (None, *_ACTIVATIONS):
         raise ValueError(f"activation must be one of {list(_ACTIVATIONS)}, got {activation!r}")
     has_kernels = _hopper.takes(x, w.shape)
@@ -130,21 +133,26 @@ def grouped_matmul(
             f"widths that 128 divides, got {x.dtype}, w {w.shape} and {jax.default_backend()}"
         )
     if isinstance(groups, Groups):
-        return _linear(x, w, bias, groups, implementation, activation)
+        return _linear(x, w, bias, residual, groups, implementation, activation)
     layout = make_groups(groups, x.shape[0])
     laid_out, back = _places(groups, layout, x.shape[0])
-    rows = x.at[laid_out].get(mode="fill", fill_value=0, unique_indices=True)
-    out = _linear(rows, w, bias, layout, implementation, activation)
-    return out.at[back].get(mode="fill", fill_value=0, unique_indices=True)
+    x, residual = (None if a is None else _take(a, laid_out) for a in (x, residual))
+    return _take(_linear(x, w, bias, residual, layout, implementation, activation), back)
 
 
-def _check(x: Array, w: Array, groups: Groups | Array) -> None:
+def _take(x: Float[Array, "R J"], row: Int[Array, "P"]) -> Float[Array, "P J"]:
+    return x.at[row].get(mode="fill", fill_value=0, unique_indices=True)
+
+
+def _check(x: Array, w: Array, residual: Array | None, groups: Groups | Array) -> None:
     is_layout = isinstance(groups, Groups)
     num_groups = groups.num_groups if is_layout else groups.shape[0]
     if w.shape[0] != num_groups:
         raise ValueError(f"w must have a matrix for each of {num_groups} groups, got {w.shape}")
     if x.shape[1] != w.shape[1]:
         raise ValueError(f"x {x.shape} and w {w.shape} must agree in the width of a row")
+    if residual is not None and residual.dtype != x.dtype:
+        raise ValueError(f"residual must be {x.dtype} as x is, got {residual.dtype}")
     if x.dtype != w.dtype:
         raise ValueError(f"x and w must have the same dtype, got {x.dtype} and {w.dtype}")
     if is_layout and x.shape[0] != groups.num_rows:
@@ -166,41 +174,51 @@ def _places(
     return come_from, row + shift
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _linear(
     x: Float[Array, "R I"],
     w: Float[Array, "E I J"],
     bias: Float[Array, "E J"] | None,
+    residual: Float[Array, "R _"] | None,
     groups: Groups,
     implementation: str,
     activation: str | None,
 ) -> Float[Array, "R _"]:
     if implementation == "mosaic":
-        fused = activation if activation in _hopper.ACTIVATIONS else None
-        fused = None if fused == "swiglu" and bias is not None else fused
-        out = _hopper.rows_by_matrices(x, w, groups, bias=bias, activation=fused)
-        return activate(out, None if fused else activation)
-    out = _portable.rows_by_matrices(x, w, groups)
-    if bias is not None:
-        out = out + to_rows(bias, groups)
-    return activate(out, activation)
+        is_plain = bias is None and residual is None
+        if activation in (None, "gelu_tanh") or (activation == "swiglu" and is_plain):
+            how = {"bias": bias, "activation": activation, "residual": residual}
+            return _hopper.rows_by_matrices(x, w, groups, **how)
+        out = _hopper.rows_by_matrices(x, w, groups, bias=bias)
+    else:
+        out = _portable.rows_by_matrices(x, w, groups)
+        out = out if bias is None else out + to_rows(bias, groups)
+    return _plus(activate(out, activation), residual)
 
 
-def _linear_fwd(x, w, bias, groups, implementation, activation):
-    sums = checkpoint_name(_linear(x, w, bias, groups, implementation, None), SUMS)
-    return activate(sums, activation), (x, w, bias, groups, sums if activation else None)
+def _plus(out: Array, residual: Array | None) -> Array:
+    return out if residual is None else out + residual
 
 
-def _linear_bwd(implementation, activation, residuals, grad):
-    x, w, bias, groups, sums = residuals
+def _linear_fwd(x, w, bias, residual, groups, implementation, activation):
+    fused = None if activation else residual
+    sums = checkpoint_name(_linear(x, w, bias, fused, groups, implementation, None), SUMS)
+    has_residual = None if residual is None else ()  # no number, or it would be traced
+    saved = x, w, bias, has_residual, groups, sums if activation else None
+    return _plus(activate(sums, activation), residual) if activation else sums, saved
+
+
+def _linear_bwd(implementation, activation, saved, grad):
+    x, w, bias, has_residual, groups, sums = saved
+    grad_residual = None if has_residual is None else grad
     if activation:
         grad = _activate_bwd(activation, sums, grad)[0]
     grad_bias = None if bias is None else row_sums(grad, groups).astype(bias.dtype)
     if implementation == "mosaic":
         grad_x = _hopper.rows_by_matrices(grad, w, groups, transpose=True)
-        return grad_x, _hopper.rows_by_rows(x, grad, groups), grad_bias, None
+        return grad_x, _hopper.rows_by_rows(x, grad, groups), grad_bias, grad_residual, None
     grad_x = _portable.rows_by_matrices(grad, jnp.swapaxes(w, 1, 2), groups)
-    return grad_x, _portable.rows_by_rows(x, grad, groups), grad_bias, None
+    return grad_x, _portable.rows_by_rows(x, grad, groups), grad_bias, grad_residual, None
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
