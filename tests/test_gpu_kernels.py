@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.ops.activations import activate
 from moe_jax.ops.gather_rows import gather_rows
-from moe_jax.ops.grouped import activate, group_of_rows, grouped_matmul, is_row, make_groups
-from moe_jax.ops.layer_norm import group_layer_norm, group_layer_norm_branch
+from moe_jax.ops.group_layer_norm import group_layer_norm, group_layer_norm_branch
+from moe_jax.ops.grouped import group_of_rows, grouped_matmul, is_row, make_groups
 from moe_jax.ops.segment_attention import segment_attention
 
 pytestmark = pytest.mark.gpu
@@ -63,9 +64,10 @@ def test_attention(width, longest):
     assert_close(run("pallas", qkv, grad), wanted)
 
 
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
 @pytest.mark.parametrize("norm_of", [group_layer_norm, group_layer_norm_branch])
 @pytest.mark.parametrize("width", [256, 2048])
-def test_layer_norm(width, norm_of):
+def test_layer_norm(width, norm_of, activation):
     groups = make_groups(SIZES, int(SIZES.sum()) + 128)
     is_used = np.asarray(is_row(groups))
     x, scale, bias = (
@@ -78,7 +80,8 @@ def test_layer_norm(width, norm_of):
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation, grad, *inputs):
         def norm(x, scale, bias):
-            out = norm_of(x, scale, bias, groups, dtype=x.dtype, implementation=implementation)
+            how = {"activation": activation, "implementation": implementation}
+            out = norm_of(x, scale, bias, groups, dtype=x.dtype, **how)
             return out if norm_of is group_layer_norm else 2 * out[0] + out[1]
 
         return values_and_gradients(norm, grad, *inputs)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from moe_jax._types import Array, Bool, Dtype, Float, Int
 from moe_jax.experts import by_row
 from moe_jax.experts.by_row import Rows
+from moe_jax.ops.activations import activate
 from moe_jax.ops.dropout import dropout
-from moe_jax.ops.grouped import activate, group_of_rows
+from moe_jax.ops.grouped import group_of_rows
 from moe_jax.ops.layer_norm import layer_norm
 from moe_jax.ops.segment_attention import segment_attention
 from moe_jax.quantization import WithInputs, dequantize, product
@@ -92,9 +93,11 @@ class LayerNorm(nn.Module):
     """Layer normalisation with float32 statistics and the original's epsilon.
 
     Attributes:
+        activation: of the result, as `Dense` takes it.
         dtype: of the result.
     """
 
+    activation: str | None = None
     dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
@@ -105,10 +108,10 @@ class LayerNorm(nn.Module):
         """Normalises the last axis; with `rows` x is [R, D], scaled by each row's expert."""
         scale, bias = self.norm(x)
         if rows is not None:
-            return by_row.norm(x, scale, bias, rows.groups, self.dtype)
+            return by_row.norm(x, scale, bias, rows.groups, self.dtype, self.activation)
         one = (1,) * (x.ndim - 1)
         scale, bias = (a.reshape(*one, -1) for a in (scale, bias))
-        return layer_norm(x, scale, bias, self.dtype)
+        return activate(layer_norm(x, scale, bias, self.dtype), self.activation)
 
     def branch(
         self, x: Float[Array, "*B D"], rows: Rows | None = None
@@ -116,7 +119,7 @@ class LayerNorm(nn.Module):
         """`x` and its norm, for a layer that is added to what it reads."""
         if rows is None:
             return x, self(x)
-        return by_row.norm_branch(x, *self.norm(x), rows.groups, self.dtype)
+        return by_row.norm_branch(x, *self.norm(x), rows.groups, self.dtype, self.activation)
 
 
 class _Norm(nn.Module):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from moe_jax._types import Array, Dtype, Float, Int
+from moe_jax.ops.group_layer_norm import group_layer_norm, group_layer_norm_branch
 from moe_jax.ops.grouped import Groups, grouped_matmul, to_rows
-from moe_jax.ops.layer_norm import group_layer_norm, group_layer_norm_branch
 
 __all__ = ["Rows", "linear", "norm", "norm_branch", "spread"]
 
@@ -70,6 +70,7 @@ def norm(
     bias: Float[Array, "D"],
     groups: Groups,
     dtype: Dtype,
+    activation: str | None = None,
 ) -> Float[Array, "R D"]:
     """Layer normalisation of every row, with its own expert's scale and bias.
 
@@ -79,11 +80,13 @@ def norm(
         bias: [D], likewise.
         groups: the experts' rows.
         dtype: of the result.
+        activation: of the result, as `moe_jax.ops.group_layer_norm.group_layer_norm` takes it.
 
     Returns:
         [R, D].
     """
-    return _by_expert(functools.partial(group_layer_norm, dtype=dtype), x, (scale, bias), groups)
+    of_all = functools.partial(group_layer_norm, dtype=dtype, activation=activation)
+    return _by_expert(of_all, x, (scale, bias), groups)
 
 
 def norm_branch(
@@ -92,9 +95,10 @@ def norm_branch(
     bias: Float[Array, "D"],
     groups: Groups,
     dtype: Dtype,
+    activation: str | None = None,
 ) -> tuple[Float[Array, "R D"], Float[Array, "R D"]]:
-    """`x` and its `norm`; see `moe_jax.ops.layer_norm.group_layer_norm_branch`."""
-    of_all = functools.partial(group_layer_norm_branch, dtype=dtype)
+    """`x` and its `norm`; see `moe_jax.ops.group_layer_norm.group_layer_norm_branch`."""
+    of_all = functools.partial(group_layer_norm_branch, dtype=dtype, activation=activation)
     return _by_expert(of_all, x, (scale, bias), groups)
 
 

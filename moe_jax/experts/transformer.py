@@ -19,7 +19,7 @@ from moe_jax.experts.base import (
     promote_dtype,
 )
 from moe_jax.experts.by_row import Rows
-from moe_jax.ops.grouped import activate
+from moe_jax.ops.activations import activate
 
 
 class TransformerExpert(nn.Module):
@@ -59,7 +59,7 @@ class TransformerExpert(nn.Module):
         """Lays out the layers."""
         dense = functools.partial(Dense, dtype=self.dtype, dot_general=dot_general)
         self.encoder = dense(self.hidden_dim)
-        self.encoder_norm = LayerNorm(dtype=self.dtype)
+        self.encoder_norm = LayerNorm(activation=self._activation, dtype=self.dtype)
         self.attention_norm = LayerNorm(dtype=self.dtype)
         self.attention = SelfAttention(self.num_heads, causal=self.causal, dtype=self.dtype)
         self.feed_forward_norm = LayerNorm(dtype=self.dtype)
@@ -93,7 +93,7 @@ class TransformerExpert(nn.Module):
         """Encoder and transformer layer."""
         hidden = self.encoder_norm(self.encoder(x, rows), rows)
         # Held as it is, or the compiler would make it again for each of its two readers.
-        hidden = jax.lax.optimization_barrier(self.drop(self._gelu(hidden), is_training))
+        hidden = jax.lax.optimization_barrier(self.drop(hidden, is_training))
         hidden, unit = self.attention_norm.branch(hidden, rows)
         attend = functools.partial(self.attention, unit, is_valid, position, rows)
         hidden = self._add(hidden, attend, is_training)

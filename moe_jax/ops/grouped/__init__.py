@@ -7,7 +7,6 @@ from moe_jax.ops.grouped.groups import is_row as is_row
 from moe_jax.ops.grouped.groups import make_groups as make_groups
 from moe_jax.ops.grouped.groups import padded_rows as padded_rows
 from moe_jax.ops.grouped.matmul import SUMS as SUMS
-from moe_jax.ops.grouped.matmul import activate as activate
 from moe_jax.ops.grouped.matmul import grouped_matmul as grouped_matmul
 from moe_jax.ops.grouped.values import block_sums as block_sums
 from moe_jax.ops.grouped.values import row_sums as row_sums

@@ -1,6 +1,5 @@
 """The programs of `_hopper`: what loads, what multiplies, and how they meet."""
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from moe_jax._types import Array, Int
-from moe_jax.ops.grouped._gelu import gelu_tanh
+from moe_jax.ops.activations import gelu_tanh, sigmoid
 from moe_jax.ops.grouped.groups import BLOCK
 
 __all__ = ["ROWS", "SWIZZLED", "rows_kernel", "sums_kernel"]
@@ -98,10 +97,10 @@ def rows_kernel(
         def part(i):
             part = _columns(accs[0], i)
             if is_gated:
-                return part * _sigmoid(part) * _columns(accs[1], i)
+                return part * sigmoid(part) * _columns(accs[1], i)
             if is_biased:
                 part = part + lax.broadcast_in_dim(bias[i].astype(jnp.float32), part.shape, (1,))
-            part = gelu_tanh(part, _sigmoid) if activation else part
+            part = gelu_tanh(part) if activation else part
             return part + staged[half, i].astype(jnp.float32) if has_residual else part
 
         if has_residual:
@@ -254,12 +253,6 @@ def _work(
             return last
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _sigmoid(x):
-    """Two operations of the special function unit, where a division would take many more."""
-    root = lax.rsqrt(1.0 + lax.exp2(x * -math.log2(math.e)))
-    return root * root
 
 
 def _columns(acc, i):

@@ -7,73 +7,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax._types import Array, Float, Int
+from moe_jax.ops.activations import ACTIVATIONS, activate, pull_back
 from moe_jax.ops.grouped import _hopper, _portable
-from moe_jax.ops.grouped._gelu import CUBIC, SCALE, gelu_tanh
 from moe_jax.ops.grouped.groups import Groups, group_of_rows, is_row, make_groups
 from moe_jax.ops.grouped.values import row_sums, to_rows
 
-
-def _swiglu(x: Float[Array, "*B J"]) -> Float[Array, "*B H"]:
-    """silu(gate) * up, of which x holds first all gates (Shazeer 2020, equation 5)."""
-    gate, up = jnp.split(x, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
 SUMS = "grouped_matmul"
 """By this name a policy of `jax.checkpoint` keeps the products that the gradient needs."""
-
-
-def _gelu_tanh(x: Float[Array, "*B J"]) -> Float[Array, "*B J"]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return gelu_tanh(wide, jax.nn.sigmoid).astype(x.dtype)
-
-
-def _gelu_tanh_grad(x: Float[Array, "*B J"], grad: Float[Array, "*B J"]) -> Float[Array, "*B J"]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    square = wide * wide
-    share = jax.nn.sigmoid(SCALE * wide * (1 + CUBIC * square))
-    slope = share + SCALE * wide * share * (1 - share) * (1 + 3 * CUBIC * square)
-    return (grad * slope).astype(x.dtype)
-
-
-_ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": _gelu_tanh,
-    "swiglu": _swiglu,
-}
-
-
-def activate(x: Float[Array, "*B J"], activation: str | None) -> Float[Array, "*B _"]:
-    """Applies an activation by its name.
-
-    Args:
-        x: [..., J].
-        activation: "gelu", "gelu_tanh", "swiglu" (gates first), or None for none.
-
-    Returns:
-        [..., J], or half as wide for "swiglu". For the gradient nothing but `x` is kept.
-    """
-    return _activate(x, activation) if activation else x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _activate(x: Float[Array, "*B J"], activation: str) -> Float[Array, "*B _"]:
-    return _ACTIVATIONS[activation](x)
-
-
-def _activate_fwd(x, activation):
-    return _ACTIVATIONS[activation](x), x
-
-
-def _activate_bwd(activation, x, grad):
-    # Held apart, or the compiler would rather store what both passes compute.
-    x = jax.lax.optimization_barrier(x)
-    if activation == "gelu_tanh":
-        return (_gelu_tanh_grad(x, grad),)
-    return jax.vjp(_ACTIVATIONS[activation], x)[1](grad)
-
-
-_activate.defvjp(_activate_fwd, _activate_bwd)
 
 
 def grouped_matmul(
@@ -121,8 +61,8 @@ def grouped_matmul(
         [2.0, 4.0, 4.0, 0.0]
     """
     _check(x, w, residual, groups)
-    if activation not in (None, *_ACTIVATIONS):
-        raise ValueError(f"activation must be one of {list(_ACTIVATIONS)}, got {activation!r}")
+    if activation not in (None, *ACTIVATIONS):
+        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
     has_kernels = _hopper.takes(x, w.shape)
     implementation = implementation or ("mosaic" if has_kernels else "xla")
     if implementation not in ("xla", "mosaic"):
@@ -212,7 +152,7 @@ def _linear_bwd(implementation, activation, saved, grad):
     x, w, bias, has_residual, groups, sums = saved
     grad_residual = None if has_residual is None else grad
     if activation:
-        grad = _activate_bwd(activation, sums, grad)[0]
+        grad = pull_back(sums, grad, activation)
     grad_bias = None if bias is None else row_sums(grad, groups).astype(bias.dtype)
     if implementation == "mosaic":
         grad_x = _hopper.rows_by_matrices(grad, w, groups, transpose=True)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.ops.group_layer_norm import group_layer_norm, group_layer_norm_branch
 from moe_jax.ops.grouped import is_row, make_groups, to_rows
-from moe_jax.ops.layer_norm import EPS, group_layer_norm, group_layer_norm_branch, layer_norm
+from moe_jax.ops.layer_norm import EPS, layer_norm
 
 SIZES = [70, 0, 1, 128, 3]
 
@@ -22,36 +23,38 @@ def case(width, dtype=jnp.float32):
     return groups, *arrays
 
 
-def gradients(implementation, groups, x, scale, bias, grad):
+def gradients(implementation, groups, x, scale, bias, grad, activation=None):
+    how = {"activation": activation, "implementation": implementation}
+
     def run(x, scale, bias):
-        return group_layer_norm(
-            x, scale, bias, groups, dtype=x.dtype, implementation=implementation
-        )
+        return group_layer_norm(x, scale, bias, groups, dtype=x.dtype, **how)
 
     out, pull = jax.vjp(run, x, scale, bias)
     return out, *pull(grad)
 
 
-def by_hand(groups, x, scale, bias, grad):
+def by_hand(groups, x, scale, bias, grad, activation=None):
     """What a plain norm and automatic differentiation give."""
 
     def run(x, scale, bias):
         centred = x - x.mean(1, keepdims=True)
         unit = centred / jnp.sqrt((centred**2).mean(1, keepdims=True) + EPS)
-        return unit * to_rows(scale, groups) + to_rows(bias, groups)
+        out = unit * to_rows(scale, groups) + to_rows(bias, groups)
+        return jax.nn.gelu(out, approximate=activation == "gelu_tanh") if activation else out
 
     out, pull = jax.vjp(run, x, scale, bias)
     return out, *pull(grad)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("width", [256, 512])
-def test_values_and_gradients_are_those_of_the_definition(width, implementation):
+def test_values_and_gradients_are_those_of_the_definition(width, activation, implementation):
     arguments = case(width)
     there = np.asarray(is_row(arguments[0]))
     for got, wanted in zip(
-        jax.jit(gradients, static_argnums=0)(implementation, *arguments),
-        jax.jit(by_hand)(*arguments),
+        jax.jit(gradients, static_argnums=(0, 6))(implementation, *arguments, activation),
+        jax.jit(by_hand, static_argnums=5)(*arguments, activation),
         strict=True,
     ):
         if got.shape[0] == there.size:
