@@ -35,9 +35,7 @@ def test_large_numbers_stay_finite(activation):
     x = jnp.array([-1e4, -300.0, -20.0, 0.0, 20.0, 300.0, 1e4])
     out, pull = jax.vjp(lambda x: activate(x, activation), x)
     np.testing.assert_allclose(out, jnp.maximum(x, 0), atol=1e-6)
-    np.testing.assert_allclose(
-        pull(jnp.ones_like(x))[0], jnp.where(x == 0, 0.5, x > 0), atol=1e-6
-    )
+    np.testing.assert_allclose(pull(jnp.ones_like(x))[0], jnp.where(x == 0, 0.5, x > 0), atol=1e-6)
 
 
 def test_the_sigmoid_keeps_its_relative_precision_far_out():
