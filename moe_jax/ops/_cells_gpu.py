@@ -14,12 +14,11 @@ from jax.experimental import pallas as pl
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops._hardware import triton as plgpu
 from moe_jax.ops._kernel_parts import (
-    FINE_CODES,
     MAX_CHUNKS,
     Found,
     chunk_of,
+    code_of,
     direction,
-    fine_codes_of,
     found_shapes,
     largest,
     largest_chunks,
@@ -27,7 +26,6 @@ from moe_jax.ops._kernel_parts import (
     load_queries,
     score_and_store,
     step_of,
-    sum_of_fine,
     takes_width,
     unit_of,
 )
@@ -203,7 +201,8 @@ def _scan_kernel(
 
     def multiply(i, total):
         column = i * step + jax.lax.iota(jnp.int32, step)
-        x = fine_codes_of(query_ref[query, pl.ds(i * step, step)][None, :], towards)
+        x = code_of(query_ref[query, pl.ds(i * step, step)][None, :], towards)
+        x = jnp.broadcast_to(x.astype(jnp.int8), (16, step))
         codes = plgpu.load(
             code_ref.at[at[:, None], column[None, :]],
             mask=jnp.broadcast_to(counts[:, None], (_TILE, step)), other=0,
@@ -213,14 +212,14 @@ def _scan_kernel(
         )
 
     # A part of a cell in which no place is taken costs nothing.
-    nothing = jnp.zeros((_TILE, FINE_CODES), jnp.int32)
+    nothing = jnp.zeros((_TILE, 16), jnp.int32)
     total = jax.lax.cond(
         jnp.max(counts.astype(jnp.int32)) > 0,
         lambda: jax.lax.fori_loop(0, dim // step, multiply, nothing),
         lambda: nothing,
     )
     scale = plgpu.load(code_scale_ref.at[at]) * jnp.max(towards.scale)
-    score = jnp.where(counts, sum_of_fine(total) * scale, -jnp.inf)
+    score = jnp.where(counts, jnp.max(total, axis=1).astype(jnp.float32) * scale, -jnp.inf)
     first = (turn * parts + part) * _TILE
     score_ref[query, pl.ds(first, _TILE)] = score
     row_ref[query, pl.ds(first, _TILE)] = row

@@ -13,7 +13,6 @@ from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops._hardware import triton as plgpu
 
 __all__ = [
-    "FINE_CODES",
     "MAX_CHUNKS",
     "Direction",
     "Found",
@@ -27,7 +26,6 @@ __all__ = [
     "load_queries",
     "score_and_store",
     "step_of",
-    "sum_of_fine",
     "takes_width",
     "unit_of",
 ]
@@ -179,28 +177,6 @@ def unit_of(x: Float[Array, "Q D"], towards: Direction) -> Float[Array, "Q D"]:
 def code_of(x: Float[Array, "Q D"], towards: Direction) -> Float[Array, "Q D"]:
     """Vectors in whole steps from -127 to 127."""
     return jnp.floor(_shifted(x, towards) * towards.to_code[:, None] + 0.5)
-
-
-FINE_CODES = 16
-"""Columns of a small matrix unit, of which `fine_codes_of` fills two."""
-
-_FINER = 254.0  # steps of the second code in one of the first
-
-
-def fine_codes_of(x: Float[Array, "1 D"], towards: Direction) -> Int[Array, "16 D"]:
-    """One vector as two codes, the second of what the first one's rounding left, and zeros."""
-    exact = _shifted(x, towards) * towards.to_code[:, None]
-    code = jnp.floor(exact + 0.5)
-    rest = jnp.floor((exact - code) * _FINER + 0.5)
-    which = jax.lax.iota(jnp.int32, FINE_CODES)[:, None]
-    return jnp.where(which == 0, code, jnp.where(which == 1, rest, 0.0)).astype(jnp.int8)
-
-
-def sum_of_fine(products: Int[Array, "P 16"]) -> Float[Array, "P"]:
-    """Products with a vector, from those with its `fine_codes_of`."""
-    which = jax.lax.iota(jnp.int32, FINE_CODES)[None, :]
-    weight = jnp.where(which == 0, 1.0, 1.0 / _FINER)
-    return jnp.sum(products.astype(jnp.float32) * weight, axis=1)
 
 
 def _shifted(x: Float[Array, "Q D"], towards: Direction) -> Float[Array, "Q D"]:
