@@ -1,6 +1,7 @@
 """The programs of `_hopper`: what loads, what multiplies, and how they meet."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -107,13 +108,12 @@ def rows_kernel(
             plgpu.barrier_wait(fetched.at[half])
         _store(num_lines, part, staged, lambda i: out_ref.at[at(place, half, i)], half)
 
-    def is_idle(place, half):
-        return place[2] <= half * BLOCK
-
-    _work(
-        shape[0] * shape[1], locate, is_idle, load, prepare, fetch if has_residual else None,
-        multiply, store, (columns,) * parts, tiling.stages, loaded, consumed,
+    job = _Job(
+        num_tiles=shape[0] * shape[1], widths=(columns,) * parts, locate=locate, load=load,
+        multiply=multiply, store=store, prepare=prepare,
+        is_idle=lambda place, half: place[2] <= half * BLOCK, fetch=fetch if has_residual else None,
     )  # fmt: skip
+    _work(job, tiling.stages, loaded, consumed)
 
 
 def sums_kernel(
@@ -156,28 +156,45 @@ def sums_kernel(
 
         _store(columns // SWIZZLED, lambda i: _columns(accs[0], i), staged, to, half)
 
-    _work(
-        num_groups * num_tiles, locate, lambda place, half: False, load, lambda place: (), None,
-        multiply, store, (columns,), tiling.stages, loaded, consumed,
+    job = _Job(
+        num_tiles=num_groups * num_tiles, widths=(columns,), locate=locate, load=load,
+        multiply=multiply, store=store,
     )  # fmt: skip
+    _work(job, tiling.stages, loaded, consumed)
 
 
-def _work(
-    num_tiles, locate, is_idle, load, prepare, fetch, multiply, store, widths, stages, loaded,
-    consumed,
-):  # fmt: skip
+class _Job(NamedTuple):
+    """What a kernel does with its tiles.
+
+    Attributes:
+        num_tiles: of all programs together; program p takes tiles p, p + programs, and so on.
+        widths: columns of each accumulator.
+        locate: tile -> steps of its contraction, which may be none, and its place, read once.
+        load: (place, step, slot of the ring), starts the copies.
+        multiply: (accumulators, slot of the ring, half), starts a product for each.
+        store: (place, what was prepared, results, half).
+        prepare: place -> what storing will need, asked for before the products.
+        fetch: (place, half), asks for more of it while the products run; None for no more.
+        is_idle: (place, half) -> whether that half has nothing to multiply and store; None for
+            never.
+    """
+
+    num_tiles: Any
+    widths: tuple[int, ...]
+    locate: Callable
+    load: Callable
+    multiply: Callable
+    store: Callable
+    prepare: Callable = lambda place: ()
+    fetch: Callable | None = None
+    is_idle: Callable | None = None
+
+
+def _work(job, stages, loaded, consumed):
     """Runs all tiles: loader and multipliers meet at the ring's barriers, step after step.
 
     Args:
-        num_tiles: of all programs together; program p takes tiles p, p + programs, and so on.
-        locate: tile -> steps of its contraction, which may be none, and its place, read once.
-        is_idle: (place, half) -> whether that half has nothing to multiply and store.
-        load: (place, step, slot of the ring), starts the copies.
-        prepare: place -> what storing will need, asked for before the products.
-        fetch: (place, half), asks for more of it while the products run; or None.
-        multiply: (accumulators, slot of the ring, half), starts a product for each.
-        store: (place, what was prepared, results, half).
-        widths: columns of each accumulator.
+        job: what to do.
         stages: length of the ring.
         loaded: barriers, one per slot, on which the copies arrive.
         consumed: barriers, one per slot, on which both multipliers arrive.
@@ -190,9 +207,9 @@ def _work(
     def _():
         plgpu.set_max_registers(40, action="decrease")
 
-        @plgpu.nd_loop((num_tiles,), collective_axes="program", init_carry=jnp.int32(0))
+        @plgpu.nd_loop((job.num_tiles,), collective_axes="program", init_carry=jnp.int32(0))
         def _(tile, carry):
-            num_steps, place = locate(tile.index[0])
+            num_steps, place = job.locate(tile.index[0])
 
             def one(step, done):
                 ring = lax.rem(done, jnp.int32(stages))
@@ -201,7 +218,7 @@ def _work(
                 def _():
                     plgpu.barrier_wait(consumed.at[ring])
 
-                load(place, step, ring)
+                job.load(place, step, ring)
                 return done + 1
 
             return lax.fori_loop(0, num_steps, one, carry)
@@ -210,46 +227,48 @@ def _work(
     def _():
         plgpu.set_max_registers(232, action="increase")
 
-        @plgpu.nd_loop((num_tiles,), collective_axes="program", init_carry=jnp.int32(0))
+        @plgpu.nd_loop((job.num_tiles,), collective_axes="program", init_carry=jnp.int32(0))
         def _(tile, carry):
-            num_steps, place = locate(tile.index[0])
-            idle = is_idle(place, warpgroup)
+            num_steps, place = job.locate(tile.index[0])
             last = carry + num_steps
 
             def release(done):
                 plgpu.barrier_arrive(consumed.at[lax.rem(done, jnp.int32(stages))])
 
             def contract(*accs):
-                def one(done):
+                @pl.loop(carry, last)
+                def _(done):
                     ring = lax.rem(done, jnp.int32(stages))
                     plgpu.barrier_wait(loaded.at[ring])
-                    multiply(accs, ring, warpgroup)
+                    job.multiply(accs, ring, warpgroup)
                     # The products of the step before have ended, and this one's run on.
                     plgpu.wgmma_wait(len(accs))
                     pl.when(done > carry)(lambda: release(done - 1))
-                    if fetch:
-                        pl.when(done == carry + num_steps // 2)(lambda: fetch(place, warpgroup))
+                    if job.fetch:
+                        is_middle = done == carry + num_steps // 2
+                        pl.when(is_middle)(lambda: job.fetch(place, warpgroup))
 
-                pl.loop(carry, last)(one)
                 plgpu.wgmma_wait(0)
                 pl.when(num_steps > 0)(lambda: release(last - 1))
                 return tuple(acc[...] for acc in accs)
 
-            @pl.when(jnp.logical_not(idle))
-            def _():
-                prepared = prepare(place)
-                if fetch:
-                    pl.when(num_steps == 0)(lambda: fetch(place, warpgroup))
-                results = pl.run_scoped(contract, *(plgpu.ACC((BLOCK, n)) for n in widths))
-                store(place, prepared, results, warpgroup)
+            def compute():
+                prepared = job.prepare(place)
+                if job.fetch:
+                    pl.when(num_steps == 0)(lambda: job.fetch(place, warpgroup))
+                results = pl.run_scoped(contract, *(plgpu.ACC((BLOCK, n)) for n in job.widths))
+                job.store(place, prepared, results, warpgroup)
 
-            @pl.when(idle)
-            def _():
+            def skip():
                 @pl.loop(carry, last)
                 def _(done):
                     plgpu.barrier_wait(loaded.at[lax.rem(done, jnp.int32(stages))])
                     release(done)
 
+            if job.is_idle is None:
+                compute()
+            else:
+                lax.cond(job.is_idle(place, warpgroup), skip, compute)
             return last
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
