@@ -66,9 +66,10 @@ def test_attention(width, longest):
 
 @pytest.mark.parametrize("activation", [None, "gelu_tanh"])
 @pytest.mark.parametrize("norm_of", [group_layer_norm, group_layer_norm_branch])
-@pytest.mark.parametrize("width", [256, 2048])
-def test_layer_norm(width, norm_of, activation):
-    groups = make_groups(SIZES, int(SIZES.sum()) + 128)
+@pytest.mark.parametrize(("width", "times"), [(256, 1), (2048, 1), (512, 12)])
+def test_layer_norm(width, times, norm_of, activation):
+    sizes = times * SIZES  # the more rows, the more of them to a program
+    groups = make_groups(sizes, int(sizes.sum()) + 128)
     is_used = np.asarray(is_row(groups))
     x, scale, bias = (
         2 * normal(0, is_used.size, width) + 1,

@@ -17,7 +17,6 @@ from moe_jax.ops.layer_norm import layer_norm, moments, pull_back
 __all__ = ["group_layer_norm", "group_layer_norm_branch"]
 
 _WIDTHS = 256, 4096  # that fill a program's threads and fit their registers
-_ROWS = 4  # of a program of the forward pass
 
 
 def group_layer_norm(
@@ -138,9 +137,11 @@ def _how(implementation: str | None, x: Array, dtype: Dtype, activation: str | N
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _norm(x, scale, bias, groups, how):
+    # One after the other, so that scale and bias are read less often, where there are enough.
+    rows = 4 if x.shape[0] >= 2**14 else 1
     return launch(
-        functools.partial(_norm_kernel, activation=how.activation),
-        (x.shape[0] // _ROWS,),
+        functools.partial(_norm_kernel, activation=how.activation, rows=rows),
+        (x.shape[0] // rows,),
         (x, scale, bias, groups.block_group),
         jax.ShapeDtypeStruct(x.shape, how.dtype),
         num_warps=_num_warps(x),
@@ -187,8 +188,8 @@ _branch.defvjp(
 )
 
 
-def _norm_kernel(x_ref, scale_ref, bias_ref, group_ref, out_ref, *, activation):
-    first = pl.program_id(0) * _ROWS
+def _norm_kernel(x_ref, scale_ref, bias_ref, group_ref, out_ref, *, activation, rows):
+    first = pl.program_id(0) * rows
     scale, bias = _own(first // BLOCK, group_ref, scale_ref, bias_ref)
 
     def step(i, _):
@@ -197,7 +198,7 @@ def _norm_kernel(x_ref, scale_ref, bias_ref, group_ref, out_ref, *, activation):
         out = (x - mean) * (inverse * scale) + bias
         out_ref[row, :] = (gelu_tanh(out) if activation else out).astype(out_ref.dtype)
 
-    jax.lax.fori_loop(0, _ROWS, step, None)
+    jax.lax.fori_loop(0, rows, step, None)
 
 
 def _norm_backward_kernel(x_ref, scale_ref, bias_ref, group_ref, grad_ref, *refs, activation):
