@@ -101,6 +101,20 @@ def test_each_token_is_decided_alone():
     assert not np.array_equal(before.logits[:, 2:], after.logits[:, 2:])
 
 
+def test_many_tokens_and_few_take_the_same_logits():
+    """Which matrices are multiplied first depends on how many tokens there are."""
+    supervisor = Supervisor(num_experts=8, top_k=2, num_heads=2)
+    rng = np.random.default_rng(1)
+    x, embeddings = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((1, 512, 64), (8, 64)))
+    variables = jax.jit(supervisor.init)(jax.random.key(0), x, embeddings)
+    # Away from zero, where it starts, so that it counts.
+    attention = variables["params"]["attention"]
+    for name in ("query", "key_value", "out"):
+        attention[name]["bias"] = jnp.asarray(rng.normal(size=attention[name]["bias"].shape))
+    logits = jax.jit(lambda x: supervisor.apply(variables, x, embeddings).logits)
+    np.testing.assert_allclose(logits(x[:, :1]), logits(x)[:, :1], rtol=1e-4, atol=1e-5)
+
+
 def test_balance_bias_sways_the_choice_but_not_the_weights():
     run, variables = compiled(balance_bias=True)[1], variables_of(balance_bias=True)
     np.testing.assert_array_equal(variables["params"][BALANCE_BIAS], np.zeros(E))
