@@ -281,6 +281,12 @@ def test_bad_input():
             grouped_matmul(*bad)
     with pytest.raises(ValueError, match="activation must be one of"):
         grouped_matmul(x, w, sizes, activation="relu")
+    wide = jnp.zeros((ROWS, OUTER))
+    for residual, activation in (
+        (wide[:1], None), (wide, "swiglu"), (wide.astype(jnp.bfloat16), None),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="residual must be float32"):
+            grouped_matmul(x, w, sizes, residual=residual, activation=activation)
     with pytest.raises(ValueError, match="implementation must be"):
         grouped_matmul(x, w, sizes, implementation="cuda")
     with pytest.raises(ValueError, match="wants an NVIDIA Hopper GPU"):

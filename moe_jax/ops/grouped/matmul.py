@@ -23,7 +23,7 @@ def grouped_matmul(
     *,
     bias: Float[Array, "_ J"] | None = None,
     activation: str | None = None,
-    residual: Float[Array, "R _"] | None = None,
+    residual: Float[Array, "_ _"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "R _"]:
     """Multiplies the rows of group e by w[e]; differentiable in all but the groups.
@@ -60,9 +60,14 @@ def grouped_matmul(
         >>> grouped_matmul(x, w, jnp.array([1, 2]))[:, 0].tolist()
         [2.0, 4.0, 4.0, 0.0]
     """
-    _check(x, w, residual, groups)
+    _check(x, w, groups)
     if activation not in (None, *ACTIVATIONS):
         raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+    shape = (x.shape[0], w.shape[2] // (1 + (activation == "swiglu")))
+    if residual is not None and (residual.shape, residual.dtype) != (shape, x.dtype):
+        raise ValueError(
+            f"residual must be {x.dtype} {shape}, got {residual.dtype} {residual.shape}"
+        )
     has_kernels = _hopper.takes(x, w.shape)
     implementation = implementation or ("mosaic" if has_kernels else "xla")
     if implementation not in ("xla", "mosaic"):
@@ -84,15 +89,13 @@ def _take(x: Float[Array, "R J"], row: Int[Array, "P"]) -> Float[Array, "P J"]:
     return x.at[row].get(mode="fill", fill_value=0, unique_indices=True)
 
 
-def _check(x: Array, w: Array, residual: Array | None, groups: Groups | Array) -> None:
+def _check(x: Array, w: Array, groups: Groups | Array) -> None:
     is_layout = isinstance(groups, Groups)
     num_groups = groups.num_groups if is_layout else groups.shape[0]
     if w.shape[0] != num_groups:
         raise ValueError(f"w must have a matrix for each of {num_groups} groups, got {w.shape}")
     if x.shape[1] != w.shape[1]:
         raise ValueError(f"x {x.shape} and w {w.shape} must agree in the width of a row")
-    if residual is not None and residual.dtype != x.dtype:
-        raise ValueError(f"residual must be {x.dtype} as x is, got {residual.dtype}")
     if x.dtype != w.dtype:
         raise ValueError(f"x and w must have the same dtype, got {x.dtype} and {w.dtype}")
     if is_layout and x.shape[0] != groups.num_rows:
