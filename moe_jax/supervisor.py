@@ -115,8 +115,8 @@ class _EmbeddingAttention(nn.Module):
         per_head = self.num_heads, width // self.num_heads
         fused = nn.Dense(2 * width, name="key_value")(embeddings)
         key, value = fused.reshape(-1, 2, *per_head).swapaxes(0, 1)
-        ask, ask_bias = _Affine(width, name="query")(width)
-        tell, tell_bias = _Affine(width, name="out")(width)
+        ask, ask_bias = _Affine(width, name="query")()
+        tell, tell_bias = _Affine(width, name="out")()
         # With few experts it takes less to multiply their keys and values into the matrices
         # before and after than to apply those to every token: einsum chooses the cheaper order.
         score = jnp.einsum("bsx,xhd,ehd->bshe", x, ask.reshape(width, *per_head), key)
@@ -127,14 +127,14 @@ class _EmbeddingAttention(nn.Module):
 
 
 class _Affine(nn.Module):
-    """The parameters of a linear layer."""
+    """The parameters of a linear layer that keeps the width."""
 
-    features: int
+    width: int
 
     @nn.compact
-    def __call__(self, width: int) -> tuple[Float[Array, "I J"], Float[Array, "J"]]:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    def __call__(self) -> tuple[Float[Array, "D D"], Float[Array, "D"]]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.width, self.width))
+        bias = self.param("bias", nn.initializers.zeros, (self.width,))
         return jnp.asarray(kernel), jnp.asarray(bias)
 
 

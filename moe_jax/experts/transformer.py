@@ -124,9 +124,6 @@ class TransformerExpert(nn.Module):
     def _activation(self) -> str:
         return "gelu_tanh" if self.approximate_gelu else "gelu"
 
-    def _gelu(self, x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
-        return activate(x, self._activation)
-
 
 class SpecializedExpert(TransformerExpert):
     """A `TransformerExpert` whose processed tokens pass through sub-specialists.
@@ -170,7 +167,7 @@ class SpecializedExpert(TransformerExpert):
         hidden = self.process(x, is_valid, position, is_training)
         log_weight = nn.log_softmax(self.specialist_router(hidden.astype(jnp.float32)))
         weight = jnp.exp(log_weight)
-        each = self._gelu(self.specialists(hidden))
+        each = activate(self.specialists(hidden), self._activation)
         mixed = jnp.einsum("...s,...sh->...h", weight.astype(each.dtype), each)
         output, confidence = self.decode(mixed, is_training)
         if self.num_specialists > 1:

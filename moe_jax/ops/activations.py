@@ -14,7 +14,14 @@ _SCALE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
 def sigmoid(x: Array) -> Array:
-    """Two operations of a GPU's special function unit, where a division takes many more."""
+    """1 / (1 + exp(-x)) by two special functions of a GPU, where a division takes many more.
+
+    Args:
+        x: float32.
+
+    Returns:
+        Like `x`.
+    """
     root = jax.lax.rsqrt(1 + jax.lax.exp2(x * -math.log2(math.e)))
     return root * root
 
@@ -72,7 +79,16 @@ def _forward(x, activation):
 def pull_back(
     x: Float[Array, "*B J"], grad: Float[Array, "*B _"], activation: str
 ) -> Float[Array, "*B J"]:
-    """The gradient of `x`, from that of what was made of it."""
+    """The gradient of `x`, from that of `activate(x, activation)`.
+
+    Args:
+        x: [..., J].
+        grad: [..., J], or half as wide for "swiglu".
+        activation: as `activate` takes it, but not None.
+
+    Returns:
+        [..., J].
+    """
     # Held apart, or the compiler would rather store what both passes compute.
     x = jax.lax.optimization_barrier(x)
     if activation == "gelu_tanh":

@@ -17,11 +17,7 @@ from moe_jax.ops._hardware import is_hopper
 from moe_jax.ops.grouped._hopper_kernels import ROWS, SWIZZLED, rows_kernel, sums_kernel
 from moe_jax.ops.grouped.groups import BLOCK, Groups, first_above
 
-__all__ = ["ACTIVATIONS", "Tiling", "rows_by_matrices", "rows_by_rows", "takes", "tiling_for"]
-
-
-ACTIVATIONS = ("gelu_tanh", "swiglu")
-"""What a kernel takes of its sums before it stores them."""
+__all__ = ["Tiling", "fuses", "rows_by_matrices", "rows_by_rows", "takes", "tiling_for"]
 
 
 _LARGE = 2**23  # numbers in a matrix
@@ -87,6 +83,12 @@ def takes(x: jax.Array, w_shape: tuple[int, ...]) -> bool:
     return fits and jax.__version_info__ >= (0, 11) and is_hopper()
 
 
+def fuses(activation: str | None, bias: Array | None, residual: Array | None) -> bool:
+    """Whether `rows_by_matrices` can do all of it before it stores its sums."""
+    is_plain = bias is None and residual is None
+    return activation in (None, "gelu_tanh") or (activation == "swiglu" and is_plain)
+
+
 @functools.cache
 def _num_programs() -> int:
     """One per multiprocessor."""
@@ -137,9 +139,10 @@ def rows_by_matrices(
         groups: of R rows.
         transpose: multiply by the transposes.
         bias: [E, J], added in float32 before anything is rounded.
-        activation: of `ACTIVATIONS`, taken in float32 before anything is rounded, or None.
-            With "swiglu" w is [E, I, 2 * J], first the gates, and there is no bias.
-        residual: [R, J] of the same dtype, added last of all, before anything is rounded.
+        activation: "gelu_tanh" or "swiglu", taken in float32 before anything is rounded; None for
+            none. With "swiglu" w is [E, I, 2 * J], first the gates.
+        residual: [R, J] of the same dtype, added last of all, before anything is rounded. See
+            `fuses` for what goes together.
         tiling: how to cut the work; None for the usual.
         interpret: parameters of Pallas's interpreter, to run without a GPU.
 
@@ -155,7 +158,12 @@ def rows_by_matrices(
     # Groups of a tile or two share nothing, and each matrix is best read from end to end.
     sweep = 1 if num_blocks <= 4 * groups.num_groups else Tiling.sweep
     tiling = tiling or tiling_for(width, x.shape[1], num_blocks, parts, sweep)
-    if tiling is None or (is_gated and (is_biased or has_residual or transpose or outer % 128)):
+    if not fuses(activation, bias, residual):
+        raise ValueError(
+            'activation must be None, "gelu_tanh" or, without bias and residual, "swiglu", '
+            f"got {activation!r}"
+        )
+    if tiling is None or (is_gated and (transpose or outer % 128)):
         raise ValueError(f"w must have sizes that 64 divides (128 if gated), got {w.shape}")
     if has_residual:
         # A tile of the residual waits where that of the result is staged.
@@ -238,7 +246,7 @@ def _launch(
             shared(2, tiling.slots, BLOCK, SWIZZLED),
             plgpu.Barrier(num_arrivals=num_copies, num_barriers=tiling.stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
-            plgpu.Barrier(num_arrivals=max(1, tiling.columns // SWIZZLED), num_barriers=2),
+            plgpu.Barrier(num_arrivals=tiling.columns // SWIZZLED, num_barriers=2),
         ],
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,

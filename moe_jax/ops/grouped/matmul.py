@@ -128,8 +128,7 @@ def _linear(
     activation: str | None,
 ) -> Float[Array, "R _"]:
     if implementation == "mosaic":
-        is_plain = bias is None and residual is None
-        if activation in (None, "gelu_tanh") or (activation == "swiglu" and is_plain):
+        if _hopper.fuses(activation, bias, residual):
             how = {"bias": bias, "activation": activation, "residual": residual}
             return _hopper.rows_by_matrices(x, w, groups, **how)
         out = _hopper.rows_by_matrices(x, w, groups, bias=bias)
@@ -144,11 +143,12 @@ def _plus(out: Array, residual: Array | None) -> Array:
 
 
 def _linear_fwd(x, w, bias, residual, groups, implementation, activation):
-    fused = None if activation else residual
+    # An activation comes between, and its gradient needs the sums alone.
+    fused, after = (None, residual) if activation else (residual, None)
     sums = checkpoint_name(_linear(x, w, bias, fused, groups, implementation, None), SUMS)
     has_residual = None if residual is None else ()  # no number, or it would be traced
     saved = x, w, bias, has_residual, groups, sums if activation else None
-    return _plus(activate(sums, activation), residual) if activation else sums, saved
+    return _plus(activate(sums, activation), after), saved
 
 
 def _linear_bwd(implementation, activation, saved, grad):
