@@ -21,7 +21,8 @@ class _Blocks(NamedTuple):
     """What decides who sees whom, in blocks of 64 rows, and the rows that a block touches.
 
     A query sees a key of the same start, unless the key's position is the higher one. Rows that
-    are not valid start nowhere, as queries elsewhere than as keys.
+    are not valid start nowhere, as queries elsewhere than as keys. A block of them touches none,
+    and its last row is below its first.
     """
 
     query_start: Int[Array, "I 64"]
@@ -73,18 +74,28 @@ def segment_attention(
         raise ValueError(f"qkv must have a multiple of {BLOCK} rows, got {rows}")
     is_fast_width = qkv.shape[-1] in (16, 32, 64, 128, 256)
     implementation = triton_or_xla(implementation, qkv, fits=is_fast_width)
+    return _attend(qkv, _blocks(segment, is_valid, position), implementation)
+
+
+def _blocks(
+    segment: Int[Array, "R"], is_valid: Bool[Array, "R"], position: Int[Array, "R"] | None
+) -> _Blocks:
     is_new = segment != jnp.roll(segment, 1)
-    row = jnp.arange(rows, dtype=jnp.int32)
+    row = jnp.arange(segment.shape[0], dtype=jnp.int32)
     start = jax.lax.cummax(jnp.where(is_new, row, 0))
-    stop = jax.lax.cummin(jnp.where(jnp.roll(is_new, -1), row, rows - 1), reverse=True)
-    blocks = _Blocks(
-        jnp.where(is_valid, start, -1).reshape(-1, BLOCK),
-        jnp.where(is_valid, start, -2).reshape(-1, BLOCK),
-        None if position is None else position.reshape(-1, BLOCK),
-        first=start[::BLOCK],
-        last=stop[BLOCK - 1 :: BLOCK],
+    stop = jax.lax.cummin(jnp.where(jnp.roll(is_new, -1), row, row.size - 1), reverse=True)
+
+    def by_block(values: Array, otherwise: Array | int) -> Int[Array, "I 64"]:
+        return jnp.where(is_valid, values, otherwise).reshape(-1, BLOCK)
+
+    return _Blocks(
+        query_start=by_block(start, -1),
+        key_start=by_block(start, -2),
+        position=None if position is None else position.reshape(-1, BLOCK),
+        # Only rows that count: those after the last may be many, and all of one segment.
+        first=jnp.min(by_block(start, row.size), axis=1),
+        last=jnp.max(by_block(stop, -1), axis=1),
     )
-    return _attend(qkv, blocks, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.segment_attention import segment_attention
+from moe_jax.ops.segment_attention import _blocks, segment_attention
 
 R, HEADS, WIDTH = 256, 2, 16
 LENGTHS = {
@@ -75,6 +75,19 @@ def test_what_none_sees_may_be_anything_finite():
     away = jnp.where(is_valid, 0, 1e4)[:, None, None, None]
     np.testing.assert_array_equal(segment_attention(qkv + away, **how), out)
     assert not np.any(np.asarray(out)[~is_valid])
+
+
+def test_rows_that_do_not_count_cost_nothing():
+    """However many come after the last, and though they may all be of one segment."""
+    segment = jnp.asarray(np.repeat([0, 1, 2, 3], [60, 8, 30, 414]).astype(np.int32))
+    is_valid = jnp.arange(512) < 98
+    blocks = _blocks(segment, is_valid, None)
+    touched = np.maximum(blocks.last - blocks.first + 1, 0)
+    assert touched.tolist() == [68, 38] + [0] * 6
+    qkv = jnp.ones((512, 3, HEADS, WIDTH)).at[128:].set(jnp.nan)
+    how = {"segment": segment, "is_valid": is_valid, "implementation": "interpret"}
+    out = segment_attention(qkv, **how)
+    np.testing.assert_array_equal(out, jnp.broadcast_to(is_valid[:, None, None], out.shape))
 
 
 @pytest.mark.skipif(
