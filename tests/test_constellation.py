@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.constellation import Constellation
 from moe_jax.experts import ExpertBank, MLPExpert, TransformerExpert
+from moe_jax.ops.grouped import BLOCK, _portable
 from moe_jax.supervisor import Supervisor
 
 B, S, D, O, E, K = 2, 16, 8, 4, 4, 2  # noqa: E741
@@ -75,6 +76,32 @@ def test_dropless_equals_slots_for_all(expert, scope):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected
     )
+
+
+@pytest.mark.parametrize("expert", ["mlp", "transformer", "causal"])
+def test_what_lies_after_the_last_expert_may_be_anything(expert, monkeypatch):
+    """The kernels for GPUs do not write there, and nobody may read it, for no gradient either."""
+    x, is_valid = inputs()
+    x = x[:1, :1] + 1e-3 * x  # to the same experts, which leaves blocks to no one
+    product = _portable.rows_by_matrices
+
+    def poisoned(x, w, groups):
+        is_used = jnp.repeat(groups.block_group < groups.num_groups, BLOCK)
+        return jnp.where(is_used[:, None], product(x, w, groups), jnp.nan)
+
+    def run():
+        apply = compiled.__wrapped__(expert, dispatch="dropless", report_scope="sequence")[1]
+
+        def loss(variables, x):
+            out = apply(variables, x, is_valid=is_valid)
+            return jnp.sum(jnp.sin(out.output)) + jnp.sum(out.confidence), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables_of(expert), x)
+
+    expected = run()
+    assert len(np.unique(np.asarray(expected[1].plan.expert)[is_valid])) < E
+    monkeypatch.setattr(_portable, "rows_by_matrices", poisoned)
+    jax.tree.map(np.testing.assert_array_equal, run(), expected)
 
 
 def test_dropless_computes_every_choice_however_they_fall():

@@ -35,7 +35,8 @@ def group_layer_norm(
         x: [R, D], rows in groups.
         scale: [E, D].
         bias: [E, D].
-        groups: the layout of the R rows. Gradients of the result must be zero in padding.
+        groups: the layout of the R rows. Gradients of the result must be zero in padding; blocks of
+            no group may hold anything, and so does the result there.
         dtype: of the result.
         activation: "gelu" or "gelu_tanh", taken of the result; None for none.
         implementation: "xla", everywhere; "pallas", kernels for NVIDIA GPUs that read and write
@@ -82,7 +83,7 @@ def group_layer_norm_branch(
         x: [R, D], rows in groups.
         scale: [E, D].
         bias: [E, D].
-        groups: the layout of the R rows. Gradients of what is normalised must be zero in padding.
+        groups: as `group_layer_norm` takes it.
         dtype: of what is normalised.
         activation: as `group_layer_norm` takes it.
         implementation: likewise.
@@ -198,7 +199,7 @@ def _norm_kernel(x_ref, scale_ref, bias_ref, group_ref, out_ref, *, activation, 
         out = (x - mean) * (inverse * scale) + bias
         out_ref[row, :] = (gelu_tanh(out) if activation else out).astype(out_ref.dtype)
 
-    jax.lax.fori_loop(0, rows, step, None)
+    jax.lax.fori_loop(0, _count(first // BLOCK, group_ref, scale_ref, rows), step, None)
 
 
 def _norm_backward_kernel(x_ref, scale_ref, bias_ref, group_ref, grad_ref, *refs, activation):
@@ -218,12 +219,18 @@ def _norm_backward_kernel(x_ref, scale_ref, bias_ref, group_ref, grad_ref, *refs
         grad_x_ref[row, :] = grad_x.astype(grad_x_ref.dtype)
         return sums[0] + grad[0] * unit[0], sums[1] + grad[0]
 
-    sums = jax.lax.fori_loop(0, BLOCK, step, (jnp.zeros(width), jnp.zeros(width)))
+    num_rows = _count(block, group_ref, scale_ref, BLOCK)
+    sums = jax.lax.fori_loop(0, num_rows, step, (jnp.zeros(width), jnp.zeros(width)))
     sums_ref[block, 0, :], sums_ref[block, 1, :] = sums
 
 
 def _own(block, group_ref, *refs):
     """What the rows of a block share: of each reference to [E, D] its group's, [1, D] float32."""
-    # Blocks after the last group have none, and no gradient either.
+    # Blocks after the last group have none, and nothing is done with them.
     group = jnp.minimum(group_ref[block], refs[0].shape[0] - 1)
     return (ref[group, :].astype(jnp.float32)[None, :] for ref in refs)
+
+
+def _count(block, group_ref, like_ref, num_rows):
+    """`num_rows`, or none where the block is of no group."""
+    return jnp.where(group_ref[block] < like_ref.shape[0], num_rows, 0)

@@ -98,23 +98,18 @@ def _num_programs() -> int:
 def row_tiles(groups: Groups) -> tuple[Array, Array, Array, Array]:
     """Cuts the groups into tiles of up to 128 rows.
 
-    The rows after the last group make a group of their own, E, whose result is zero.
-
     Returns:
         For each of the most tiles that there can be [I] int32: its group, its first row, and its
         rows (64 or 128); and [1] int32, how many there are.
     """
     num_blocks = -(-groups.size // BLOCK)
-    used = jnp.sum(num_blocks)
-    num_blocks = jnp.append(num_blocks, groups.block_group.shape[0] - used).astype(jnp.int32)
-    start = jnp.append(groups.start, used * BLOCK).astype(jnp.int32)
     count = -(-num_blocks // 2)
     last = jnp.cumsum(count).astype(jnp.int32)
-    most = groups.block_group.shape[0] // 2 + groups.num_groups + 1
+    most = groups.block_group.shape[0] // 2 + groups.num_groups
     tile = jnp.arange(most, dtype=jnp.int32)
-    group = jnp.minimum(first_above(last, tile), groups.num_groups)
-    first = start[group] + (tile - (last - count)[group]) * ROWS
-    rows = jnp.clip(start[group] + num_blocks[group] * BLOCK - first, 0, ROWS)
+    group = jnp.minimum(first_above(last, tile), groups.num_groups - 1)
+    first = groups.start[group] + (tile - (last - count)[group]) * ROWS
+    rows = jnp.clip(groups.start[group] + num_blocks[group] * BLOCK - first, 0, ROWS)
     is_tile = tile < last[-1]
     return group, jnp.where(is_tile, first, 0), jnp.where(is_tile, rows, 0), last[-1:]
 
@@ -131,7 +126,9 @@ def rows_by_matrices(
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> Float[Array, "R _"]:
-    """Row r of group e times w[e], or times its transpose; after the last group nothing of use.
+    """Row r of group e times w[e], or times its transpose.
+
+    Blocks after the last group are neither read nor written: they may hold anything.
 
     Args:
         x: [R, I], 16-bit.
@@ -172,8 +169,8 @@ def rows_by_matrices(
             tiling, stages=stages, slots=max(2, tiling.columns // SWIZZLED)
         )
     kernel = functools.partial(
-        rows_kernel, tiling=tiling, inner=x.shape[1], outer=outer, num_groups=groups.num_groups,
-        transpose=transpose, activation=activation, is_biased=is_biased, has_residual=has_residual,
+        rows_kernel, tiling=tiling, inner=x.shape[1], outer=outer, transpose=transpose,
+        activation=activation, is_biased=is_biased, has_residual=has_residual,
     )  # fmt: skip
     columns = tiling.columns // parts
     step = (parts, columns, tiling.depth) if transpose else (parts, tiling.depth, columns)

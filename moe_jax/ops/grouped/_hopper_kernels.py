@@ -35,7 +35,7 @@ def _line(column: Int[Array, ""], columns: int, i: int) -> Any:
 def rows_kernel(
     group_ref, start_ref, rows_ref, num_ref, x_ref, w_ref, bias_ref, residual_ref, out_ref,
     x_shared, w_shared, staged, loaded, consumed, fetched,
-    *, tiling, inner, outer, num_groups, transpose, is_biased, has_residual, activation,
+    *, tiling, inner, outer, transpose, is_biased, has_residual, activation,
 ):  # fmt: skip
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -50,8 +50,7 @@ def rows_kernel(
     def locate(tile):
         row_tile, column = plgpu.planar_snake(tile, shape, 0, tiling.sweep)
         group, start = group_ref[row_tile], pl.multiple_of(start_ref[row_tile], BLOCK)
-        num_steps = jnp.where(group < num_groups, inner // depth, 0)
-        return num_steps, (group, start, rows_ref[row_tile], column)
+        return inner // depth, (group, start, rows_ref[row_tile], column)
 
     def load(place, step, ring):
         group, start, _, column = place
@@ -75,11 +74,9 @@ def rows_kernel(
         if not is_biased:
             return ()
         group, _, _, column = place
-        own = bias_ref.at[jnp.minimum(group, num_groups - 1)]
         # Every thread loads the few columns that it holds.
-        return tuple(
-            plgpu.load(own.at[_line(column, columns, i)], optimized=False) for i in range(num_lines)
-        )
+        lines = (bias_ref.at[group, _line(column, columns, i)] for i in range(num_lines))
+        return tuple(plgpu.load(line, optimized=False) for line in lines)
 
     def at(place, half, i):
         _, start, _, column = place
@@ -254,8 +251,6 @@ def _work(job, stages, loaded, consumed):
 
             def compute():
                 prepared = job.prepare(place)
-                if job.fetch:
-                    pl.when(num_steps == 0)(lambda: job.fetch(place, warpgroup))
                 results = pl.run_scoped(contract, *(plgpu.ACC((BLOCK, n)) for n in job.widths))
                 job.store(place, prepared, results, warpgroup)
 

@@ -33,7 +33,9 @@ def to_rows(values: Float[Array, "E *J"], groups: Groups) -> Float[Array, "R *J"
 
 
 def row_sums(x: Float[Array, "R *J"], groups: Groups) -> Float[Array, "E *J"]:
-    """Sums each group's rows in float32, in a fixed order; padding must hold zeros.
+    """Sums each group's rows in float32, in a fixed order.
+
+    Padding in a group's last block must hold zeros; what lies after the last group may be anything.
 
     Args:
         x: [R, ...].
@@ -54,7 +56,7 @@ def row_sums(x: Float[Array, "R *J"], groups: Groups) -> Float[Array, "E *J"]:
 
 
 def block_sums(by_block: Float[Array, "I *J"], groups: Groups) -> Float[Array, "E *J"]:
-    """Sums what each group's blocks hold, in a fixed order.
+    """Sums what each group's blocks hold, in a fixed order; blocks of no group may hold anything.
 
     Args:
         by_block: float32 [I, ...], one for each block of rows.
@@ -72,6 +74,9 @@ def block_sums(by_block: Float[Array, "I *J"], groups: Groups) -> Float[Array, "
     """
     member = groups.block_group[None] == jnp.arange(groups.num_groups)[:, None]
     member = member.astype(jnp.float32)
+    # Zero times what was never written may be no number.
+    is_used = jnp.expand_dims(groups.block_group < groups.num_groups, range(1, by_block.ndim))
+    by_block = jnp.where(is_used, by_block, 0.0)
     return jnp.tensordot(member, by_block, axes=1, precision=jax.lax.Precision.HIGHEST)
 
 
