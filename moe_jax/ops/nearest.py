@@ -18,6 +18,7 @@ from moe_jax.ops.top_k import top_k
 __all__ = ["Hits", "nearest"]
 
 _OVERFETCH = 8
+_PART = 16  # of all queries, at most, are few
 
 # (ids [Q, F], N where there are fewer; bound [Q] on the cosine of the candidates left out)
 _Pick = tuple[Array, Array]
@@ -53,11 +54,11 @@ def nearest(
 ) -> Hits:
     """The k keys with the largest exact cosine to each query, ties to the lower index.
 
-    A first pass picks a few more than k keys: on NVIDIA GPUs, for small k, by eight-bit codes in
+    A first pass picks some more than k keys: on NVIDIA GPUs, for small k, by eight-bit codes in
     two fused kernels, elsewhere by a float32 matmul. Only those are scored exactly. The pass also
     bounds the cosine of every key left out. Should that bound reach the k-th score (near-ties that
-    the pass cannot tell apart), a finer pass is made, and in the end every key is scored exactly,
-    so that the answer never depends on the pick.
+    the pass cannot tell apart), a finer pass is made, for those queries alone if they are few, and
+    in the end every key is scored exactly, so that the answer never depends on the pick.
 
     Args:
       queries: float32 [Q, D]; one without a direction has no hits.
@@ -97,40 +98,47 @@ def nearest(
     has_direction = jnp.any(unit != 0.0, axis=-1)
     is_query = has_direction if is_query is None else has_direction & is_query
 
-    def hits(ids: Array, scores: Array) -> Hits:
-        is_valid = (scores > -jnp.inf) & has_direction[:, None]
+    def hits(unit: Array, ids: Array, scores: Array) -> Hits:
+        is_valid = (scores > -jnp.inf) & jnp.any(unit != 0.0, axis=-1, keepdims=True)
         return Hits(jnp.where(is_valid, ids, num_keys), jnp.where(is_valid, scores, 0.0), is_valid)
 
-    def score_all() -> Hits:
-        best, index = top_k(jnp.where(mask, exact_cosine(unit, keys), -jnp.inf), k)
-        return hits(index, best)
-
-    def best_of(pick: _Pick, otherwise: Callable[[], Hits]) -> Hits:
+    def best_of(pick: _Pick, unit: Array, is_query: Array, otherwise: Callable) -> Hits:
         picked, unseen = pick
         ids, scores = _best_of_picked(unit, keys, picked, k)
+        found = hits(unit, ids, scores)
         if precision == "scored" or picked.shape[1] == num_keys:
-            return hits(ids, scores)
+            return found
         is_close = unseen >= jnp.maximum(scores[:, -1], jnp.asarray(floor, jnp.float32))
         is_close = is_close & (unseen > -jnp.inf) & is_query
-        return jax.lax.cond(jnp.any(is_close), otherwise, lambda: hits(ids, scores))
+        return jax.lax.cond(jnp.any(is_close), lambda: otherwise(found, is_close), lambda: found)
 
-    def by_matmul() -> Hits:
+    def by_matmul(unit: Array, is_query: Array) -> Hits:
         if precision == "quick" and jax.default_backend() == "gpu":
             picked, _ = _pick_by_matmul(unit, keys, mask, k)
-            return hits(*_best_of_picked(unit, keys, picked, k, _cosine_at))
+            return hits(unit, *_best_of_picked(unit, keys, picked, k, _cosine_at))
         if precision == "quick":
             scores, ids = top_k(_rough(unit, keys, mask), k)
-            return hits(ids, scores)
-        return best_of(_pick_by_matmul(unit, keys, mask, k), score_all)
+            return hits(unit, ids, scores)
+
+        def score_all(found: Hits, is_close: Array) -> Hits:
+            del found, is_close
+            best, index = top_k(jnp.where(mask, exact_cosine(unit, keys), -jnp.inf), k)
+            return hits(unit, index, best)
+
+        return best_of(_pick_by_matmul(unit, keys, mask, k), unit, is_query, score_all)
 
     def by_code(interpret: bool = False) -> Hits:
         pick = functools.partial(_coded_gpu.pick, interpret=interpret)
-        num_picked = _coded_gpu.num_to_pick(k)
         if precision == "quick":
-            found = pick(queries, keys, code, is_candidate, num_picked, k)
+            found = pick(queries, keys, code, is_candidate, _coded_gpu.num_to_pick(k, num_keys), k)
             return Hits(found.ids, found.scores, found.is_found)
+        num_picked = _coded_gpu.num_to_pick(k, num_keys, certain=precision == "exact")
         found = pick(unit, keys, code, is_candidate, num_picked, num_picked)
-        return best_of((found.ids, found.unseen), by_matmul)
+
+        def for_close(found: Hits, is_close: Array) -> Hits:
+            return _again(found, is_close, unit, by_matmul)
+
+        return best_of((found.ids, found.unseen), unit, is_query, for_close)
 
     can_code = code is not None and is_candidate.ndim == 1
     can_code = can_code and _coded_gpu.is_supported(*keys.shape, k)
@@ -145,9 +153,34 @@ def nearest(
         return by_code(interpret=jax.default_backend() != "gpu")
     if implementation not in (None, "matmul"):
         raise ValueError(f"implementation must be 'code', 'matmul' or None, got {implementation!r}")
+    whole = functools.partial(by_matmul, unit, is_query)
     if implementation is None and can_code and runs_triton():
-        return jax.lax.platform_dependent(cuda=by_code, default=by_matmul)
-    return by_matmul()
+        return jax.lax.platform_dependent(cuda=by_code, default=whole)
+    return whole()
+
+
+def _again(
+    found: Hits,
+    is_close: Bool[Array, "Q"],
+    unit: Float[Array, "Q D"],
+    search: Callable[[Array, Array], Hits],
+) -> Hits:
+    """Replaces what was found for some queries by `search(queries, is_query)`."""
+    num_queries = unit.shape[0]
+    most = num_queries // _PART
+
+    def for_few() -> Hits:
+        at = jnp.nonzero(is_close, size=most, fill_value=num_queries)[0]
+        own = search(unit.at[at].get(mode="fill", fill_value=0.0), at < num_queries)
+        return jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), found, own)
+
+    def for_all() -> Hits:
+        own = search(unit, is_close)
+        return jax.tree.map(lambda old, new: jnp.where(is_close[:, None], new, old), found, own)
+
+    if not most:
+        return for_all()
+    return jax.lax.cond(jnp.sum(is_close) <= most, for_few, for_all)
 
 
 def _pick_by_matmul(

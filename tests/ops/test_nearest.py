@@ -164,6 +164,23 @@ def test_the_chunk_of_a_position(num_picked, rows_per_chunk):
         np.testing.assert_array_equal(found, chunks[position // rows_per_chunk])
 
 
+@pytest.mark.parametrize("num_close", [0, 1, 2, 3, 40])
+def test_queries_that_codes_leave_open_are_looked_at_again(num_close):
+    """A crowd that codes cannot tell apart, for none, a few (of 40) or all queries."""
+    rng = np.random.default_rng(5)
+    keys = rng.normal(size=(1500, D)).astype(np.float32)
+    keys[:120] = keys[0] + 1e-3 * rng.normal(size=(120, D))
+    queries = rng.normal(size=(40, D)).astype(np.float32)
+    # One near key each, and others far from it: no doubt.
+    queries = keys[200:240] + 0.05 * queries
+    queries[7 : 7 + num_close] = (keys[0] + 0.3 * queries)[7 : 7 + num_close]
+    queries, keys = normalize(queries), normalize(keys)
+    k = 2
+    hits = nearest(queries, keys, jnp.ones(1500, bool), k, code=encode(keys), implementation="code")
+    for ours, want in zip(hits, expected(queries, keys, np.ones(1500, bool), k), strict=True):
+        np.testing.assert_array_equal(ours, want)
+
+
 def test_larger_k_takes_fewer_rows():
     is_supported = _coded_gpu.is_supported
     assert is_supported(2**22, 512, 48)
@@ -172,7 +189,9 @@ def test_larger_k_takes_fewer_rows():
     assert not is_supported(1000, 512, 49)
     assert not is_supported(100, 512, 1)
     for k in range(1, 49):
-        assert _coded_gpu.num_to_pick(k) >= k + 4
+        assert _coded_gpu.num_to_pick(k, 10**6) >= k + 4
+        assert _coded_gpu.num_to_pick(k, 10**6, certain=True) >= k + 4
+        assert k >= 25 or _coded_gpu.num_to_pick(k, 10**7, certain=True) <= 32
 
 
 def test_no_row_is_sorted_whole():
