@@ -60,19 +60,22 @@ def is_supported(num_rows: int, dim: int, k: int) -> bool:
     return has_room and num_rows >= _TILE and takes_width(dim)
 
 
-def num_to_pick(k: int, num_rows: int, *, certain: bool = False) -> int:
+def num_to_pick(k: int, num_queries: int, num_rows: int, *, is_certain: bool = False) -> int:
     """How many rows to score in full for the best k: some more, and a power of two.
 
     Args:
         k: how many are wanted.
-        num_rows: among how many.
-        certain: so many that their bounds mostly tell that no other row is one of the best. Of
-            random keys, of 512 coordinates, 36 lie within the bounds' error of the tenth (100,000
-            rows), and more than 64 for one query in a hundred.
+        num_queries: of so many queries; where they are many, more rows cost time.
+        num_rows: among so many.
+        is_certain: take so many that their bounds mostly tell that no other row is one of the
+            best. Of 100,000 random rows of 512 numbers, 36 lie within the bounds' error of the
+            tenth, and more than 64 for a few queries in a hundred.
     """
-    if certain and 1 < k and num_rows <= MANY_ROWS:
+    if is_certain and k > 1 and num_rows <= MANY_ROWS:
         return 64
-    return 16 if k <= 11 else 32 if k < LARGE_K else 64
+    if k <= 11:
+        return 16 if k == 1 or num_queries >= _MANY else 32
+    return 32 if k < LARGE_K else 64
 
 
 def pick(

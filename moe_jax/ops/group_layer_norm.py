@@ -199,7 +199,7 @@ def _norm_kernel(x_ref, scale_ref, bias_ref, group_ref, out_ref, *, activation, 
         out = (x - mean) * (inverse * scale) + bias
         out_ref[row, :] = (gelu_tanh(out) if activation else out).astype(out_ref.dtype)
 
-    jax.lax.fori_loop(0, _count(first // BLOCK, group_ref, scale_ref, rows), step, None)
+    jax.lax.fori_loop(*_range(first // BLOCK, group_ref, scale_ref, rows), step, None)
 
 
 def _norm_backward_kernel(x_ref, scale_ref, bias_ref, group_ref, grad_ref, *refs, activation):
@@ -219,8 +219,8 @@ def _norm_backward_kernel(x_ref, scale_ref, bias_ref, group_ref, grad_ref, *refs
         grad_x_ref[row, :] = grad_x.astype(grad_x_ref.dtype)
         return sums[0] + grad[0] * unit[0], sums[1] + grad[0]
 
-    num_rows = _count(block, group_ref, scale_ref, BLOCK)
-    sums = jax.lax.fori_loop(0, num_rows, step, (jnp.zeros(width), jnp.zeros(width)))
+    rows = _range(block, group_ref, scale_ref, BLOCK)
+    sums = jax.lax.fori_loop(*rows, step, (jnp.zeros(width), jnp.zeros(width)))
     sums_ref[block, 0, :], sums_ref[block, 1, :] = sums
 
 
@@ -231,6 +231,7 @@ def _own(block, group_ref, *refs):
     return (ref[group, :].astype(jnp.float32)[None, :] for ref in refs)
 
 
-def _count(block, group_ref, like_ref, num_rows):
-    """`num_rows`, or none where the block is of no group."""
-    return jnp.where(group_ref[block] < like_ref.shape[0], num_rows, 0)
+def _range(block, group_ref, like_ref, num_rows):
+    """From 0 to `num_rows`, or to 0 where the block is of no group."""
+    is_used = group_ref[block] < like_ref.shape[0]
+    return jnp.int32(0), jnp.where(is_used, jnp.int32(num_rows), jnp.int32(0))

@@ -18,7 +18,8 @@ from moe_jax.ops.top_k import top_k
 __all__ = ["Hits", "nearest"]
 
 _OVERFETCH = 8
-_PART = 16  # of all queries, at most, are few
+_PART = 16  # of all queries, at most, are searched for once more by themselves
+_FEW = 32
 
 # (ids [Q, F], N where there are fewer; bound [Q] on the cosine of the candidates left out)
 _Pick = tuple[Array, Array]
@@ -129,10 +130,11 @@ def nearest(
 
     def by_code(interpret: bool = False) -> Hits:
         pick = functools.partial(_coded_gpu.pick, interpret=interpret)
+        is_certain = precision == "exact"
+        num_picked = _coded_gpu.num_to_pick(k, queries.shape[0], num_keys, is_certain=is_certain)
         if precision == "quick":
-            found = pick(queries, keys, code, is_candidate, _coded_gpu.num_to_pick(k, num_keys), k)
+            found = pick(queries, keys, code, is_candidate, num_picked, k)
             return Hits(found.ids, found.scores, found.is_found)
-        num_picked = _coded_gpu.num_to_pick(k, num_keys, certain=precision == "exact")
         found = pick(unit, keys, code, is_candidate, num_picked, num_picked)
 
         def for_close(found: Hits, is_close: Array) -> Hits:
@@ -198,7 +200,8 @@ def _rough(
     queries: Float[Array, "Q D"], keys: Float[Array, "N D"], mask: Bool[Array, "#Q N"]
 ) -> Float[Array, "Q N"]:
     """Cosines rounded as float32 sums are, -inf where masked."""
-    if jax.default_backend() == "gpu":
+    # Parting all keys costs more than the slower products of few queries.
+    if jax.default_backend() == "gpu" and queries.shape[0] > _FEW:
         rough = jax.lax.platform_dependent(queries, keys, cuda=_cosine_in_parts, default=_cosine)
     else:
         rough = _cosine(queries, keys)

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.grouped import BLOCK, _hopper, grouped_matmul, is_row, make_groups, padded_rows
+from moe_jax.ops.grouped import (
+    BLOCK,
+    _hopper,
+    _hopper_kernels,
+    grouped_matmul,
+    is_row,
+    make_groups,
+    padded_rows,
+)
 
 INNER, OUTER = 128, 256
 SIZES = {
@@ -138,6 +146,14 @@ def test_a_tile_of_rows_belongs_to_one_group(sizes):
         seen[blocks] = group[i]
     np.testing.assert_array_equal(seen, groups.block_group)
     assert not np.any(rows[num[0] :])
+
+
+@pytest.mark.parametrize("num_tiles", [1, 5, 10, 13, 15])
+def test_rounds_there_and_back_visit_each_tile_once(num_tiles):
+    run = jax.jit(_hopper_kernels._there_and_back, static_argnums=(1, 2))
+    found = [int(run(jnp.int32(tile), num_tiles, 5)) for tile in range(num_tiles)]
+    assert sorted(found) == list(range(num_tiles))
+    assert found[5:10] == ([9, 8, 7, 6, 5] if num_tiles >= 10 else found[5:])
 
 
 def interpreter():

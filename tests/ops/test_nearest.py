@@ -189,9 +189,10 @@ def test_larger_k_takes_fewer_rows():
     assert not is_supported(1000, 512, 49)
     assert not is_supported(100, 512, 1)
     for k in range(1, 49):
-        assert _coded_gpu.num_to_pick(k, 10**6) >= k + 4
-        assert _coded_gpu.num_to_pick(k, 10**6, certain=True) >= k + 4
-        assert k >= 25 or _coded_gpu.num_to_pick(k, 10**7, certain=True) <= 32
+        for num_queries in (1, 5000):
+            assert _coded_gpu.num_to_pick(k, num_queries, 10**6) >= k + 4
+            assert _coded_gpu.num_to_pick(k, num_queries, 10**6, is_certain=True) >= k + 4
+        assert k >= 25 or _coded_gpu.num_to_pick(k, 1, 10**7, is_certain=True) <= 32
 
 
 def test_no_row_is_sorted_whole():

@@ -212,12 +212,15 @@ def rows_by_rows(
     if tiling is None or inner % ROWS:
         raise ValueError(f"x and y must be 128 and 64 times some width, got {inner} and {outer}")
     kernel = functools.partial(
-        sums_kernel, tiling=tiling, inner=inner, outer=outer, num_groups=groups.num_groups
-    )
+        sums_kernel, tiling=tiling, inner=inner, outer=outer, num_groups=groups.num_groups,
+        num_programs=_num_programs(),
+    )  # fmt: skip
     out = jax.ShapeDtypeStruct((groups.num_groups, inner, outer), x.dtype)
     blocks = ((tiling.depth, ROWS), (tiling.depth, tiling.columns))
-    num_blocks = -(-groups.size // BLOCK)
-    return _launch(kernel, out, blocks, tiling, interpret)(groups.start, num_blocks, x, y)
+    # The longest first, or one that comes last would keep a program when all others have ended.
+    order = jnp.argsort(-groups.size)
+    whose = order.astype(jnp.int32), groups.start[order], -(-groups.size[order] // BLOCK)
+    return _launch(kernel, out, blocks, tiling, interpret)(*whose, x, y)
 
 
 def _launch(

@@ -27,6 +27,13 @@ def _span(index: Int[Array, ""] | int, size: int) -> Any:
     return pl.ds(pl.multiple_of(index * size, size), size)
 
 
+def _there_and_back(tile: Int[Array, ""], num_tiles: int, num_programs: int) -> Int[Array, ""]:
+    """Reverses every other round, so that no program has the first and longest tile of each."""
+    turn, program = (f(tile, jnp.int32(num_programs)) for f in (lax.div, lax.rem))
+    is_back = (lax.rem(turn, jnp.int32(2)) == 1) & ((turn + 1) * num_programs <= num_tiles)
+    return jnp.where(is_back, tile + num_programs - 1 - 2 * program, tile)
+
+
 def _line(column: Int[Array, ""], columns: int, i: int) -> Any:
     """The i-th 64 columns of a tile."""
     return _span(column * (columns // SWIZZLED) + i, SWIZZLED)
@@ -114,9 +121,9 @@ def rows_kernel(
 
 
 def sums_kernel(
-    start_ref, blocks_ref, x_ref, y_ref, out_ref,
+    group_ref, start_ref, blocks_ref, x_ref, y_ref, out_ref,
     x_shared, y_shared, staged, loaded, consumed, fetched,
-    *, tiling, inner, outer, num_groups,
+    *, tiling, inner, outer, num_groups, num_programs,
 ):  # fmt: skip
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -126,10 +133,11 @@ def sums_kernel(
     num_tiles = shape[0] * shape[1]
 
     def locate(tile):
+        tile = _there_and_back(tile, num_groups * num_tiles, num_programs)
         within = lax.rem(tile, jnp.int32(num_tiles))
         row, column = plgpu.planar_snake(within, shape, 0, tiling.sweep)
-        group = lax.div(tile, jnp.int32(num_tiles))
-        return blocks_ref[group], (group, start_ref[group], row, column)
+        i = lax.div(tile, jnp.int32(num_tiles))
+        return blocks_ref[i], (group_ref[i], start_ref[i], row, column)
 
     def load(place, step, ring):
         _, start, row, column = place

@@ -31,7 +31,7 @@ def grouped_matmul(
     With `Groups` the rows are laid out as `make_groups` says, and are used where they lie. Padding
     in a group's last block must be finite, blocks of no group may hold anything, and what comes out
     in either must not be used. With sizes alone the groups follow each other, the rows after the
-    last may hold anything and come out zero, and laying the rows out and back costs a copy each way.
+    last may hold anything and come out zero, and laying rows out and back costs a copy each way.
 
     Sums are taken in float32. The same input gives the same bits every time.
 
