@@ -47,6 +47,7 @@ MANY_ROWS = 2**22
 _TILE = 128  # rows of codes that one program multiplies
 _GROUP = 512  # rows that the second kernel scores at a time, _STEP coordinates in one go
 _STEP = 128
+_SOME = 16  # queries of which one is easily an odd one
 _MANY = 1024  # queries that fill a GPU with programs of four warps
 _IN_FOUR_WARPS = 4096  # rows whose bounds leave room in the registers of such a program
 
@@ -72,7 +73,9 @@ def num_to_pick(k: int, num_queries: int, num_rows: int, *, is_certain: bool = F
             tenth, and more than 64 for a few queries in a hundred.
     """
     if is_certain and k > 1 and num_rows <= MANY_ROWS:
-        return 64
+        # One query left open costs as much as many, and is more likely among many.
+        has_room = 128 * _rows_per_chunk(num_rows) <= MAX_CHUNKS
+        return 128 if has_room and _SOME <= num_queries < _MANY else 64
     if k <= 11:
         return 16 if k == 1 or num_queries >= _MANY else 32
     return 32 if k < LARGE_K else 64

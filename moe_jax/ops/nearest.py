@@ -18,7 +18,7 @@ from moe_jax.ops.top_k import top_k
 __all__ = ["Hits", "nearest"]
 
 _OVERFETCH = 8
-_PART = 16  # of all queries, at most, are searched for once more by themselves
+_PART = 8  # of all queries, at most, are searched for once more by themselves
 _FEW = 32
 
 # (ids [Q, F], N where there are fewer; bound [Q] on the cosine of the candidates left out)
