@@ -123,11 +123,10 @@ def routing_stats(
     load = _load(plan.expert, num_experts, is_valid)
     log_probability = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     entropy = -jnp.sum(jnp.exp(log_probability) * log_probability, axis=-1, keepdims=True)
-    dropped = _masked_mean((~plan.is_kept).astype(jnp.float32), is_valid)
     return RoutingStats(
         load=load,
         max_over_mean=jnp.max(load) * num_experts,
-        dropped_fraction=jnp.mean(dropped),
+        dropped_fraction=_share(~plan.is_kept[..., None], is_valid)[0],
         entropy=_masked_mean(entropy, is_valid)[0],
     )
 
@@ -145,5 +144,15 @@ def _masked_mean(
 def _load(
     expert: Int[Array, "B S K"], num_experts: int, is_valid: Bool[Array, "B S"] | None
 ) -> Float[Array, "E"]:
-    is_of = expert[..., None] == jnp.arange(num_experts)[None, None, None]
-    return _masked_mean(jnp.mean(is_of, axis=2, dtype=jnp.float32), is_valid)
+    return _share(expert[..., None] == jnp.arange(num_experts)[None, None, None], is_valid)
+
+
+def _share(is_it: Bool[Array, "B S K J"], is_valid: Bool[Array, "B S"] | None) -> Float[Array, "J"]:
+    """Which part of the valid tokens' choices it is; zero where there are none."""
+    batch, length, num_choices, _ = is_it.shape
+    total = batch * length
+    if is_valid is not None:
+        is_it &= is_valid[..., None, None]
+        total = jnp.maximum(jnp.sum(is_valid), 1)
+    # Counted in one go, and not by token first: each step is a launch.
+    return jnp.sum(is_it, axis=(0, 1, 2)) / (num_choices * jnp.asarray(total, jnp.float32))

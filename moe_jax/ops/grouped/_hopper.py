@@ -181,8 +181,7 @@ def rows_by_matrices(
     out = jax.ShapeDtypeStruct((rows, outer), x.dtype)
     blocks = ((ROWS, tiling.depth), step)
     # An input that the kernel has no use for costs nothing, and spares a second signature.
-    bias = bias if is_biased else jnp.zeros((1, SWIZZLED), x.dtype)
-    residual = residual if has_residual else jnp.zeros((BLOCK, SWIZZLED), x.dtype)
+    bias, residual = bias if is_biased else x, residual if has_residual else x
     launch = _launch(kernel, out, blocks, tiling, interpret, num_copies=1 + parts)
     return launch(*row_tiles(groups), x, w, bias, residual)
 
