@@ -283,7 +283,7 @@ def test_the_config_chooses_faiss(monkeypatch):
 
     monkeypatch.setattr(FaissIndex, "search", spy)
     graph, out = written()[0], compiled()(variables_of(), inputs(1))
-    monkeypatch.setattr("moe_jax.system._infer", lambda *_: out)
+    monkeypatch.setattr("moe_jax.system.model.infer", lambda *_: out)
     system, ours = system_of(use_faiss=True), system_of()
     for now in (system.create_graph(), graph):
         hits = system.query(variables_of(), now, inputs(), k=2)

@@ -1,9 +1,6 @@
-"""The whole system: memory, supervisor, experts, librarian and graph, from one config."""
+"""The module that puts the parts together, and the steps made of it."""
 
-import functools
-import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,58 +13,18 @@ from moe_jax.constellation import Constellation
 from moe_jax.experts import EXPERTS, ExpertBank
 from moe_jax.graph import Hits, InsertInfo, KnowledgeGraph
 from moe_jax.librarian import Librarian, Proposals, contrastive_loss
-from moe_jax.memory import MemoryReader, Reads, note_reads
+from moe_jax.memory import MemoryReader, note_reads
 from moe_jax.reports import DraftReports
 from moe_jax.routing import (
     RoutingPlan,
-    RoutingStats,
     router_z_loss,
     routing_stats,
     switch_balance_loss,
     usage_mse_loss,
 )
 from moe_jax.supervisor import Supervisor
-
-
-class MoELosses(NamedTuple):
-    """Auxiliary losses, unweighted, and their weighted sum.
-
-    Attributes:
-        load_balance: of the configured kind.
-        router_z: router z-loss.
-        contrastive: the librarian's; 0 when its weight is 0.
-        total: the sum, weighted as configured: add it to the task's loss.
-    """
-
-    load_balance: Float[Array, ""]
-    router_z: Float[Array, ""]
-    contrastive: Float[Array, ""]
-    total: Float[Array, ""]
-
-
-class MoEOutput(NamedTuple):
-    """What one call of a `MoESystem` gives.
-
-    Attributes:
-        output: [B, S, O].
-        confidence: [B, S] float32, how sure each token's experts are.
-        plan: who went where.
-        reports: draft reports; None when `report_scope` is "none".
-        proposals: what the librarian would store; None likewise.
-        losses: auxiliary losses.
-        stats: balance and drops.
-        reads: the nodes that each token read, [B, S, K]; None without `memory_read`. What writes
-            the graph first counts them with `moe_jax.memory.note_reads`.
-    """
-
-    output: Float[Array, "B S O"]
-    confidence: Float[Array, "B S"]
-    plan: RoutingPlan
-    reports: DraftReports | None
-    proposals: Proposals | None
-    losses: MoELosses
-    stats: RoutingStats
-    reads: Reads | None = None
+from moe_jax.system.output import MoELosses, MoEOutput
+from moe_jax.system.query import faiss_index, infer, search_reports
 
 
 class MoESystem(nn.Module):
@@ -293,8 +250,8 @@ class MoESystem(nn.Module):
             >>> system.query(variables, graph, x, k=3).ids.shape
             (2, 3)
         """
-        output = _infer(self, variables, x, graph, is_valid)
-        index = _faiss_index(self, graph) if self.config.use_faiss else None
+        output = infer(self, variables, x, graph, is_valid)
+        index = faiss_index(self, graph) if self.config.use_faiss else None
         return search_reports(graph, output, k, threshold=threshold, index=index)
 
     def _checked(self, graph: KnowledgeGraph | None) -> KnowledgeGraph:
@@ -329,94 +286,6 @@ class MoESystem(nn.Module):
             + c.librarian_contrastive_weight * contrastive
         )
         return MoELosses(load_balance=balance, router_z=z, contrastive=contrastive, total=total)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _infer(
-    system: MoESystem,
-    variables: Variables,
-    x: Float[Array, "B S D"],
-    graph: KnowledgeGraph,
-    is_valid: Bool[Array, "B S"] | None,
-) -> MoEOutput:
-    """The call of a system, compiled once per shape."""
-    return system.apply(variables, x, graph, is_valid=is_valid)
-
-
-def search_reports(
-    graph: KnowledgeGraph,
-    output: MoEOutput,
-    k: int,
-    *,
-    threshold: float = -1.0,
-    index: Any = None,
-) -> Hits:
-    """Searches the graph for every report of a batch and merges the hits per sequence.
-
-    Args:
-        graph: the graph to search.
-        output: of a system whose `report_scope` is "sequence".
-        k: nodes wanted per sequence.
-        threshold: least cosine of a hit.
-        index: a `moe_jax.interop.faiss.FaissIndex` to bring up to date with the graph and search
-            on the host instead; not inside jit.
-
-    Returns:
-        Hits of shape [B, k], each node at most once per sequence.
-
-    Raises:
-        ValueError: the reports are not one per (sequence, expert).
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from moe_jax.config import tiny
-        >>> system, x = MoESystem(tiny()), jnp.ones((2, 16, 32))
-        >>> variables = jax.jit(system.init)(jax.random.key(0), x)
-        >>> output = jax.jit(system.apply)(variables, x)
-        >>> bool(search_reports(system.create_graph(), output, k=3).is_valid.any())
-        False
-    """
-    batch = output.output.shape[0]
-    num_experts = output.stats.load.shape[0]
-    if output.reports is None or output.reports.summary.shape[0] != batch * num_experts:
-        raise ValueError('report_scope must be "sequence" to query by sequence')
-    keys = jnp.where(output.reports.is_valid[:, None], output.proposals.key, 0.0)
-    if index is None:
-        hits = kg.search(graph, keys, k, threshold)
-    else:
-        with index.lock:
-            index.sync(graph)
-            hits = index.search(keys, k, threshold)
-    per_sequence = jax.tree.map(lambda a: a.reshape(batch, -1), hits)
-    return _best_distinct(per_sequence, k, graph.num_nodes)
-
-
-_faiss_indexes: weakref.WeakKeyDictionary[MoESystem, Any] = weakref.WeakKeyDictionary()
-
-
-def _faiss_index(system: MoESystem, graph: KnowledgeGraph) -> Any:
-    """The index of a system, new when there is none yet or the graph has another size."""
-    from moe_jax.interop.faiss import FaissIndex
-
-    index = _faiss_indexes.get(system)
-    if index is None or (index.num_nodes, index.dim) != (graph.num_nodes, graph.dim):
-        index = _faiss_indexes[system] = FaissIndex(graph)
-    return index
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _best_distinct(hits: Hits, k: int, nowhere: int) -> Hits:
-    """The k best hits of each row, of each node only the best."""
-    ids, scores = hits.ids, jnp.where(hits.is_valid, hits.scores, -jnp.inf)
-    order = jnp.argsort(-scores, axis=1, stable=True)
-    ids = jnp.take_along_axis(ids, order, axis=1)
-    scores = jnp.take_along_axis(scores, order, axis=1)
-    is_same = ids[:, :, None] == ids[:, None, :]
-    is_repeat = jnp.any(is_same & jnp.tri(ids.shape[1], k=-1, dtype=bool)[None], axis=2)
-    scores, at = jax.lax.top_k(jnp.where(is_repeat, -jnp.inf, scores), k)
-    is_valid = scores > -jnp.inf
-    ids = jnp.where(is_valid, jnp.take_along_axis(ids, at, axis=1), nowhere)
-    return Hits(ids=ids, scores=jnp.where(is_valid, scores, 0.0), is_valid=is_valid)
 
 
 def _expert(c: MoEConfig) -> nn.Module:
