@@ -94,53 +94,11 @@ def nearest(
     num_keys = keys.shape[0]
     if not 1 <= k <= num_keys:
         raise ValueError(f"k must be between 1 and {num_keys} (keys), got {k}")
-    mask = jnp.atleast_2d(is_candidate)
     unit = queries if is_unit else normalize(queries)
     has_direction = jnp.any(unit != 0.0, axis=-1)
     is_query = has_direction if is_query is None else has_direction & is_query
-
-    def hits(unit: Array, ids: Array, scores: Array) -> Hits:
-        is_valid = (scores > -jnp.inf) & jnp.any(unit != 0.0, axis=-1, keepdims=True)
-        return Hits(jnp.where(is_valid, ids, num_keys), jnp.where(is_valid, scores, 0.0), is_valid)
-
-    def best_of(pick: _Pick, unit: Array, is_query: Array, otherwise: Callable) -> Hits:
-        picked, unseen = pick
-        ids, scores = _best_of_picked(unit, keys, picked, k)
-        found = hits(unit, ids, scores)
-        if precision == "scored" or picked.shape[1] == num_keys:
-            return found
-        is_close = unseen >= jnp.maximum(scores[:, -1], jnp.asarray(floor, jnp.float32))
-        is_close = is_close & (unseen > -jnp.inf) & is_query
-        return jax.lax.cond(jnp.any(is_close), lambda: otherwise(found, is_close), lambda: found)
-
-    def by_matmul(unit: Array, is_query: Array) -> Hits:
-        if precision == "quick" and jax.default_backend() == "gpu":
-            picked, _ = _pick_by_matmul(unit, keys, mask, k)
-            return hits(unit, *_best_of_picked(unit, keys, picked, k, _cosine_at))
-        if precision == "quick":
-            scores, ids = top_k(_rough(unit, keys, mask), k)
-            return hits(unit, ids, scores)
-
-        def score_all(found: Hits, is_close: Array) -> Hits:
-            del found, is_close
-            best, index = top_k(jnp.where(mask, exact_cosine(unit, keys), -jnp.inf), k)
-            return hits(unit, index, best)
-
-        return best_of(_pick_by_matmul(unit, keys, mask, k), unit, is_query, score_all)
-
-    def by_code(interpret: bool = False) -> Hits:
-        pick = functools.partial(_coded_gpu.pick, interpret=interpret)
-        is_certain = precision == "exact"
-        num_picked = _coded_gpu.num_to_pick(k, queries.shape[0], num_keys, is_certain=is_certain)
-        if precision == "quick":
-            found = pick(queries, keys, code, is_candidate, num_picked, k)
-            return Hits(found.ids, found.scores, found.is_found)
-        found = pick(unit, keys, code, is_candidate, num_picked, num_picked)
-
-        def for_close(found: Hits, is_close: Array) -> Hits:
-            return _again(found, is_close, unit, by_matmul)
-
-        return best_of((found.ids, found.unseen), unit, is_query, for_close)
+    floor = jnp.asarray(floor, jnp.float32)
+    among = _Among(keys, jnp.atleast_2d(is_candidate), k, floor, precision)
 
     can_code = code is not None and is_candidate.ndim == 1
     can_code = can_code and _coded_gpu.is_supported(*keys.shape, k)
@@ -152,13 +110,90 @@ def nearest(
                 f"{_coded_gpu.LARGE_K} for more than {_coded_gpu.MANY_ROWS} keys), got keys "
                 f"{keys.shape} and k={k}"
             )
-        return by_code(interpret=jax.default_backend() != "gpu")
+        return _by_code(queries, unit, is_query, among, code, jax.default_backend() != "gpu")
     if implementation not in (None, "matmul"):
         raise ValueError(f"implementation must be 'code', 'matmul' or None, got {implementation!r}")
-    whole = functools.partial(by_matmul, unit, is_query)
     if implementation is None and can_code and runs_triton():
-        return jax.lax.platform_dependent(cuda=by_code, default=whole)
-    return whole()
+        return jax.lax.platform_dependent(
+            cuda=lambda: _by_code(queries, unit, is_query, among, code, interpret=False),
+            default=lambda: _by_matmul(unit, is_query, among),
+        )
+    return _by_matmul(unit, is_query, among)
+
+
+class _Among(NamedTuple):
+    """What is searched, for how many, and how: arguments of `nearest`."""
+
+    keys: Float[Array, "N D"]
+    mask: Bool[Array, "#Q N"]
+    k: int
+    floor: Float[Array, ""]
+    precision: str
+
+
+def _by_matmul(unit: Float[Array, "Q D"], is_query: Bool[Array, "Q"], among: _Among) -> Hits:
+    keys, mask, k, _, precision = among
+    if precision == "quick" and jax.default_backend() == "gpu":
+        picked, _ = _pick_by_matmul(unit, keys, mask, k)
+        return _hits(unit, *_best_of_picked(unit, keys, picked, k, _cosine_at), among)
+    if precision == "quick":
+        scores, ids = top_k(_rough(unit, keys, mask), k)
+        return _hits(unit, ids, scores, among)
+
+    def score_all(found: Hits, is_close: Array) -> Hits:
+        del found, is_close
+        best, index = top_k(jnp.where(mask, exact_cosine(unit, keys), -jnp.inf), k)
+        return _hits(unit, index, best, among)
+
+    return _best_of(_pick_by_matmul(unit, keys, mask, k), unit, is_query, among, score_all)
+
+
+def _by_code(
+    queries: Float[Array, "Q D"],
+    unit: Float[Array, "Q D"],
+    is_query: Bool[Array, "Q"],
+    among: _Among,
+    code: Code,
+    interpret: bool,
+) -> Hits:
+    keys, mask, k, _, precision = among
+    is_certain = precision == "exact"
+    num_picked = _coded_gpu.num_to_pick(k, queries.shape[0], keys.shape[0], is_certain=is_certain)
+    pick = functools.partial(_coded_gpu.pick, interpret=interpret)
+    if precision == "quick":
+        found = pick(queries, keys, code, mask[0], num_picked, k)
+        return Hits(found.ids, found.scores, found.is_found)
+    found = pick(unit, keys, code, mask[0], num_picked, num_picked)
+
+    def for_close(found: Hits, is_close: Array) -> Hits:
+        search = functools.partial(_by_matmul, among=among)
+        return _again(found, is_close, unit, search)
+
+    return _best_of((found.ids, found.unseen), unit, is_query, among, for_close)
+
+
+def _best_of(
+    pick: _Pick,
+    unit: Float[Array, "Q D"],
+    is_query: Bool[Array, "Q"],
+    among: _Among,
+    otherwise: Callable[[Hits, Array], Hits],
+) -> Hits:
+    """The best of the picked; `otherwise(these, is_close)` if others may be better for a query."""
+    picked, unseen = pick
+    ids, scores = _best_of_picked(unit, among.keys, picked, among.k)
+    found = _hits(unit, ids, scores, among)
+    if among.precision == "scored" or picked.shape[1] == among.keys.shape[0]:
+        return found
+    is_close = unseen >= jnp.maximum(scores[:, -1], among.floor)
+    is_close = is_close & (unseen > -jnp.inf) & is_query
+    return jax.lax.cond(jnp.any(is_close), lambda: otherwise(found, is_close), lambda: found)
+
+
+def _hits(unit: Array, ids: Array, scores: Array, among: _Among) -> Hits:
+    is_valid = (scores > -jnp.inf) & jnp.any(unit != 0.0, axis=-1, keepdims=True)
+    ids = jnp.where(is_valid, ids, among.keys.shape[0])
+    return Hits(ids, jnp.where(is_valid, scores, 0.0), is_valid)
 
 
 def _again(
