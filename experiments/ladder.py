@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from rungs import SIZES, Rung, Task, measure, rungs
 
 Rows = list[dict[str, Any]]
@@ -119,27 +119,33 @@ def plot(ladders: Mapping[Task, Rows], title: str) -> Figure:
         harness.finish(left, f"{task.capitalize()}: time of a step", "ms, logarithmic")
         harness.finish(right, "Memory", unit)
         left.set_xscale("log")
-        _bars(left, rows, "ms", "speed_up", "{:.3g} ms  ({:.3g}x)")
-        _bars(right, rows, "gib", "ratio", f"{{:.3g}} {unit}  ({{:.2f}})", factor)
+        _bars(left, rows, "ms", "speed_up", "{:.3g} ms", "  ({:.3g}x)")
+        _bars(right, rows, "gib", "ratio", f"{{:.3g}} {unit}", "  ({:.2f})", factor)
         right.xaxis.set_major_locator(MaxNLocator(6))
         right.tick_params(labelleft=False)
     figure.suptitle(f"{title}; orange: promised by the original", fontsize=9, x=0.01, ha="left")
     return figure
 
 
-def _bars(axes: Axes, rows: Rows, name: str, gain: str, label: str, factor: float = 1.0) -> None:
-    """One bar a row; its figure and its gain at the right, where no bar reaches."""
+def _bars(
+    axes: Axes, rows: Rows, name: str, gain: str, label: str, gained: str, factor: float = 1.0
+) -> None:
+    """One bar a row; its figure and, if known, its gain at the right, where no bar reaches."""
     known = [row[name] for row in rows if row.get(name)]
     known += [value for row in rows for value in row.get(f"promised_{name}", ())]
     least, most = factor * min(known, default=1) / 2, factor * max(known, default=1)
     if axes.get_xscale() == "log":
         axes.set_xlim(least, most * (most / least) ** 0.45)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xlim(0, 1.45 * most)
     for at, row in enumerate(rows):
         text = "unknown" if "ms" in row else str(harness.outcome(row))[:28]
         if row.get(name):
-            text = label.format(factor * row[name], row.get(gain) or float("nan"))
+            text = label.format(factor * row[name])
+            text += gained.format(row[gain]) if row.get(gain) else ""
             axes.barh(at, factor * row[name], color=harness.INK if row["on"] else harness.FAINT)
         place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
         axes.text(1.0, at, text, fontsize=8, **place)

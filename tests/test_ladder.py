@@ -65,6 +65,16 @@ def test_a_failed_rung_leaves_the_others(climbed, tmp_path):
     assert (tmp_path / "ladder.png").stat().st_size > 10_000
 
 
+def test_a_ladder_without_its_first_rung_draws_what_it_knows(climbed):
+    chosen, (first, last) = climbed
+    three = [chosen[0].add("fails"), chosen[0], chosen[1]]
+    rows = ladder.compare(three, [{"error": "took more than 50 s"}, first, last])
+    figure = ladder.plot({"inference": rows}, "title")
+    shown = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert shown[:2] == ["took more than 50 s", f"{first['ms']:.3g} ms"]
+    assert not any("nan" in text for text in shown)
+
+
 def test_op_by_op_is_the_plain_step():
     plain = object()
     assert rungs.compile_step(plain, rungs.rungs("training")[0], ()) == (plain, None)
