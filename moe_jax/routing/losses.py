@@ -125,7 +125,7 @@ def routing_stats(
     entropy = -jnp.sum(jnp.exp(log_probability) * log_probability, axis=-1, keepdims=True)
     return RoutingStats(
         load=load,
-        max_over_mean=jnp.max(load) * num_experts,
+        max_over_mean=jnp.max(load * num_experts),
         dropped_fraction=_share(~plan.is_kept[..., None], is_valid)[0],
         entropy=_masked_mean(entropy, is_valid)[0],
     )

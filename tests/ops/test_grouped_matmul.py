@@ -139,13 +139,13 @@ def test_a_tile_of_rows_belongs_to_one_group(sizes):
     groups = make_groups(jnp.array(sizes), ROWS)
     group, start, rows, num = (np.asarray(a) for a in _hopper.row_tiles(groups))
     seen = np.full(groups.num_rows // BLOCK, groups.num_groups)
-    for i in range(num[0]):
+    for i in range(num[-1]):
         assert rows[i] in (BLOCK, 2 * BLOCK)
         blocks = slice(start[i] // BLOCK, (start[i] + rows[i]) // BLOCK)
         assert np.all(seen[blocks] == groups.num_groups)
         seen[blocks] = group[i]
     np.testing.assert_array_equal(seen, groups.block_group)
-    assert not np.any(rows[num[0] :])
+    assert not np.any(rows[num[-1] :])
 
 
 @pytest.mark.parametrize("num_tiles", [1, 5, 10, 13, 15])

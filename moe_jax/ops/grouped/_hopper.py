@@ -100,7 +100,7 @@ def row_tiles(groups: Groups) -> tuple[Array, Array, Array, Array]:
 
     Returns:
         For each of the most tiles that there can be [I] int32: its group, its first row, and its
-        rows (64 or 128); and [1] int32, how many there are.
+        rows (64 or 128); and [E] int32, how many there are up to the end of each group.
     """
     num_blocks = -(-groups.size // BLOCK)
     count = -(-num_blocks // 2)
@@ -111,7 +111,7 @@ def row_tiles(groups: Groups) -> tuple[Array, Array, Array, Array]:
     first = groups.start[group] + (tile - (last - count)[group]) * ROWS
     rows = jnp.clip(groups.start[group] + num_blocks[group] * BLOCK - first, 0, ROWS)
     is_tile = tile < last[-1]
-    return group, jnp.where(is_tile, first, 0), jnp.where(is_tile, rows, 0), last[-1:]
+    return group, jnp.where(is_tile, first, 0), jnp.where(is_tile, rows, 0), last
 
 
 def rows_by_matrices(

@@ -51,7 +51,7 @@ def rows_kernel(
     parts, depth = 1 + is_gated, tiling.depth
     columns = tiling.columns // parts
     num_lines = columns // SWIZZLED
-    num_row_tiles = num_ref[0]
+    num_row_tiles = num_ref[num_ref.shape[0] - 1]
     shape = (num_row_tiles, outer // columns)
 
     def locate(tile):
