@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, NullFormatter
 
 GIB = 2**30
 INK, FAINT, BRIGHT = "#1f4e79", "#9aa5b1", "#e67e22"
@@ -157,3 +159,10 @@ def finish(axes: Axes, title: str, x: str, y: str = "") -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def plain_decades(axis: Axis, subs: Sequence[int] = (1, 2, 5)) -> None:
+    """Plain numbers at these multiples of powers of ten, along a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())

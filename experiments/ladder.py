@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from rungs import SIZES, Rung, Task, measure, rungs
 
 Rows = list[dict[str, Any]]
@@ -136,9 +136,7 @@ def _bars(
     least, most = factor * min(known, default=1) / 2, factor * max(known, default=1)
     if axes.get_xscale() == "log":
         axes.set_xlim(least, most * (most / least) ** 0.45)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        harness.plain_decades(axes.xaxis)
     else:
         axes.set_xlim(0, 1.45 * most)
     for at, row in enumerate(rows):

@@ -26,7 +26,6 @@ import tyro
 from bench_system import SystemCase, cast_experts, half_full, make_step
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from moe_jax import MoESystem
 from moe_jax.config import MoEConfig, colab, h100, tiny
@@ -236,8 +235,7 @@ def _lines(axes: Axes, own: Mapping[str, list[Point]], name: str, factor: float)
     axes.set_ylim(min(figures) / spread**0.15, min(figures) * spread**1.4)
     values = sorted({point["value"] for points in own.values() for point in points})
     axes.set_xticks(values, [_short(value) for value in values])
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 500 else (1,)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    harness.plain_decades(axes.yaxis, (1, 2, 5) if spread < 500 else (1,))
     axes.minorticks_off()
     axes.tick_params(labelsize=8)
     if axes.lines:

@@ -164,12 +164,9 @@ def _by_code(
         found = pick(queries, keys, code, mask[0], num_picked, k)
         return Hits(found.ids, found.scores, found.is_found)
     found = pick(unit, keys, code, mask[0], num_picked, num_picked)
-
-    def for_close(found: Hits, is_close: Array) -> Hits:
-        search = functools.partial(_by_matmul, among=among)
-        return _again(found, is_close, unit, search)
-
-    return _best_of((found.ids, found.unseen), unit, is_query, among, for_close)
+    search = functools.partial(_by_matmul, among=among)
+    again = functools.partial(_again, unit=unit, search=search)
+    return _best_of((found.ids, found.unseen), unit, is_query, among, again)
 
 
 def _best_of(

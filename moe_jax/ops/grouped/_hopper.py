@@ -102,14 +102,13 @@ def row_tiles(groups: Groups) -> tuple[Array, Array, Array, Array]:
         For each of the most tiles that there can be [I] int32: its group, its first row, and its
         rows (64 or 128); and [E] int32, how many there are up to the end of each group.
     """
-    num_blocks = -(-groups.size // BLOCK)
-    count = -(-num_blocks // 2)
+    count = -(-groups.num_blocks // 2)
     last = jnp.cumsum(count).astype(jnp.int32)
     most = groups.block_group.shape[0] // 2 + groups.num_groups
     tile = jnp.arange(most, dtype=jnp.int32)
     group = jnp.minimum(first_above(last, tile), groups.num_groups - 1)
     first = groups.start[group] + (tile - (last - count)[group]) * ROWS
-    rows = jnp.clip(groups.start[group] + num_blocks[group] * BLOCK - first, 0, ROWS)
+    rows = jnp.clip(groups.start[group] + groups.num_blocks[group] * BLOCK - first, 0, ROWS)
     is_tile = tile < last[-1]
     return group, jnp.where(is_tile, first, 0), jnp.where(is_tile, rows, 0), last
 
@@ -218,7 +217,7 @@ def rows_by_rows(
     blocks = ((tiling.depth, ROWS), (tiling.depth, tiling.columns))
     # The longest first, or one that comes last would keep a program when all others have ended.
     order = jnp.argsort(-groups.size)
-    whose = order.astype(jnp.int32), groups.start[order], -(-groups.size[order] // BLOCK)
+    whose = order.astype(jnp.int32), groups.start[order], groups.num_blocks[order]
     return _launch(kernel, out, blocks, tiling, interpret)(*whose, x, y)
 
 

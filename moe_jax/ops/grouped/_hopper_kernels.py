@@ -40,10 +40,11 @@ def _line(column: Int[Array, ""], columns: int, i: int) -> Any:
 
 
 def rows_kernel(
-    group_ref, start_ref, rows_ref, num_ref, x_ref, w_ref, bias_ref, residual_ref, out_ref,
+    group_ref, start_ref, rows_ref, ends_ref, x_ref, w_ref, bias_ref, residual_ref, out_ref,
     x_shared, w_shared, staged, loaded, consumed, fetched,
     *, tiling, inner, outer, transpose, is_biased, has_residual, activation,
 ):  # fmt: skip
+    """The tiles of `_hopper.row_tiles` times their groups' matrices; see `rows_by_matrices`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     # A tile of a gated result multiplies by its gates' columns and by those of what they gate.
@@ -51,7 +52,7 @@ def rows_kernel(
     parts, depth = 1 + is_gated, tiling.depth
     columns = tiling.columns // parts
     num_lines = columns // SWIZZLED
-    num_row_tiles = num_ref[num_ref.shape[0] - 1]
+    num_row_tiles = ends_ref[ends_ref.shape[0] - 1]
     shape = (num_row_tiles, outer // columns)
 
     def locate(tile):
@@ -125,6 +126,7 @@ def sums_kernel(
     x_shared, y_shared, staged, loaded, consumed, fetched,
     *, tiling, inner, outer, num_groups, num_programs,
 ):  # fmt: skip
+    """Each group's left rows, transposed, times its right ones; see `rows_by_rows`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     del fetched
@@ -179,7 +181,8 @@ class _Job(NamedTuple):
         multiply: (accumulators, slot of the ring, half), starts a product for each.
         store: (place, what was prepared, results, half).
         prepare: place -> what storing will need, asked for before the products.
-        fetch: (place, half), asks for more of it while the products run; None for no more.
+        fetch: (place, half), asks for more of it while the products run, of which there must be
+            some; None for no more.
         is_idle: (place, half) -> whether that half has nothing to multiply and store; None for
             never.
     """

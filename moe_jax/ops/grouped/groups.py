@@ -35,6 +35,11 @@ class Groups(NamedTuple):
         """E."""
         return self.size.shape[0]
 
+    @property
+    def num_blocks(self) -> Int[Array, "E"]:
+        """[E] int32, blocks of each group."""
+        return -(-self.size // BLOCK)
+
 
 def padded_rows(num_rows: int, num_groups: int) -> int:
     """R that holds `num_rows` rows however they are spread over the groups."""
