@@ -12,8 +12,8 @@ from moe_jax.graph._filters import FILTERS, given_filters, shared_mask
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops.blocks import in_blocks
 from moe_jax.ops.code import Code
+from moe_jax.ops.nearest import SCORES_AT_ONCE, nearest
 from moe_jax.ops.nearest import Hits as Hits
-from moe_jax.ops.nearest import nearest
 
 __all__ = ["Hits", "above", "search"]
 
@@ -34,8 +34,8 @@ def search(
     """The k live nodes whose keys have the largest cosine to each query.
 
     Exact: the best k in order, ties to the lowest id, and, if `reproducible`, with scores that are
-    the same bits however queries are batched or the graph is sharded. Queries are taken in blocks,
-    so that queries x nodes never has to fit in memory. Each filter is one value for all queries or
+    the same bits however queries are batched or the graph is sharded. Queries x nodes never has to
+    fit in memory. Each filter is one value for all queries or
     one per query. No gradient flows through.
 
     Args:
@@ -80,10 +80,6 @@ def search(
     )  # fmt: skip
 
 
-# Queries are taken in blocks of so many scores, 1 GiB of them.
-_SCORES_AT_ONCE = 2**28
-
-
 @functools.partial(jax.jit, static_argnames=("k", "reproducible", "implementation"))
 def _search(
     keys: Float[Array, "N D"],
@@ -115,7 +111,9 @@ def _search(
         )  # fmt: skip
 
     num_nodes = keys.shape[0]
-    hits = in_blocks(find, (queries, by_query), max(1, _SCORES_AT_ONCE // num_nodes))
+    # A mask for each query takes the room of all their scores.
+    most = max(1, SCORES_AT_ONCE // num_nodes) if by_query else queries.shape[0]
+    hits = in_blocks(find, (queries, by_query), most)
     return hits if threshold is None else above(hits, threshold, num_nodes)
 
 

@@ -24,6 +24,7 @@ from moe_jax.ops._kernel_parts import (
     largest_chunks,
     launch,
     load_queries,
+    row_of,
     score_and_store,
     step_of,
     takes_width,
@@ -239,13 +240,8 @@ def _select_kernel(
     own = chunk_of(position, 0, chunks, rows_per_chunk)
     at = own * rows_per_chunk + position % rows_per_chunk
     score = plgpu.load(score_ref.at[query, at], mask=own < num_chunks, other=-jnp.inf)
-    # Rows are read for the few that are picked: finding them by reductions takes as long again.
-    picked, _ = largest(score, None, num_picked, nothing=position.shape[0])
-    slot = jax.lax.iota(jnp.int32, num_picked)
-    is_own = (picked // rows_per_chunk)[:, None] == slot[None, :]
-    own = jnp.sum(jnp.where(is_own, chunks[None, :], 0), axis=1)
-    at = own * rows_per_chunk + picked % rows_per_chunk
-    is_there = picked < position.shape[0]
+    picked, _ = largest(score, num_picked)
+    at, is_there = row_of(picked, chunks, rows_per_chunk), picked < position.shape[0]
     ids = plgpu.load(row_ref.at[query, at], mask=is_there, other=num_rows)
     towards = direction(load_queries(query_ref, query, 1))
     out = Found(ids_ref, scores_ref, is_found_ref, None)

@@ -24,6 +24,7 @@ __all__ = [
     "largest_chunks",
     "launch",
     "load_queries",
+    "row_of",
     "score_and_store",
     "step_of",
     "takes_width",
@@ -184,18 +185,21 @@ def _shifted(x: Float[Array, "Q D"], towards: Direction) -> Float[Array, "Q D"]:
     return jnp.where(shift > 0, x * shift, 0.0)
 
 
-def largest_chunks(bound_ref, query: Array, count: int) -> tuple[Int[Array, "F"], Float[Array, ""]]:
+def largest_chunks(
+    bound_ref, query: Array, count: int, parts: int = 1
+) -> tuple[Int[Array, "F"], Float[Array, ""]]:
     """The chunks with a query's largest bounds, from C on where there are fewer; bound of the rest.
 
     Args:
       bound_ref: float32 [Q, C].
       query: which row of it.
       count: F.
+      parts: see `largest`.
     """
     num_chunks = bound_ref.shape[1]
     chunk = jax.lax.iota(jnp.int32, pl.next_power_of_2(num_chunks))
     bound = plgpu.load(bound_ref.at[query, chunk], mask=chunk < num_chunks, other=-jnp.inf)
-    return largest(bound, None, count, nothing=chunk.shape[0])
+    return largest(bound, count, parts)
 
 
 def chunk_of(
@@ -221,13 +225,29 @@ def chunk_of(
     return jnp.broadcast_to(own[:, None], (count, position.shape[0] // count)).reshape(-1)
 
 
+def row_of(
+    position: Int[Array, "P"], chunks: Int[Array, "F"], rows_per_chunk: int
+) -> Int[Array, "P"]:
+    """The row at each of a few positions, counted through some chunks end to end."""
+    slot = jax.lax.iota(jnp.int32, chunks.shape[0])
+    is_own = (position // rows_per_chunk)[:, None] == slot[None, :]
+    own = jnp.sum(jnp.where(is_own, chunks[None, :], 0), axis=1)
+    return own * rows_per_chunk + position % rows_per_chunk
+
+
 def largest(
-    bound: Float[Array, "C"], label: Int[Array, "C"] | None, count: int, *, nothing: int
+    bound: Float[Array, "C"], count: int, parts: int = 1
 ) -> tuple[Int[Array, "F"], Float[Array, ""]]:
-    """Labels (or positions) of the largest bounds, `nothing` where none is left; bound of the rest.
+    """Positions of the largest bounds, C where none is left; bound of the rest.
 
     Value and position share one integer, so that one reduction finds both: bounds, which lie in
     [-2, 2], are rounded up to as many bits as the position leaves.
+
+    Args:
+      bound: float32 [C].
+      count: F.
+      parts: the largest F / parts of every so-manieth bound are taken at once, which takes one
+        reduction for so many. A power of two, as F and C are.
     """
     size = bound.shape[0]
     bits = max(size - 1, 1).bit_length()
@@ -235,25 +255,21 @@ def largest(
     place = jax.lax.iota(jnp.int32, size)
     packed = jnp.ceil(jnp.clip(bound, -2.0, 2.0) * steps).astype(jnp.int32)
     packed = packed * 2**bits + (2**bits - 1 - place)
-    packed = jnp.where(bound > -jnp.inf, packed, _LOWEST)
-    slot = jax.lax.iota(jnp.int32, count)
+    packed = jnp.where(bound > -jnp.inf, packed, _LOWEST).reshape(size // parts, parts)
+    slot = jax.lax.iota(jnp.int32, count // parts)[:, None]
 
     def take(i, state):
         packed, taken = state
-        best = jnp.max(packed)
-        is_it = (packed == best) & (packed > _LOWEST)
-        own = 2**bits - 1 - (best & (2**bits - 1))
-        if label is not None:
-            own = jnp.max(jnp.where(is_it, label, -1))
-        own = jnp.where(best > _LOWEST, own, -1)
-        taken = jnp.where((slot == i) & (own >= 0), own, taken)
-        return jnp.where(is_it, _LOWEST, packed), taken
+        best = jnp.max(packed, axis=0)
+        own = jnp.where(best > _LOWEST, 2**bits - 1 - (best & (2**bits - 1)), size)
+        taken = jnp.where(slot == i, own[None, :], taken)
+        return jnp.where(packed == best[None, :], _LOWEST, packed), taken
 
-    state = (packed, jnp.full((count,), nothing, jnp.int32))
-    packed, taken = jax.lax.fori_loop(0, count, take, state)
-    rest = jnp.max(packed)
+    state = (packed, jnp.full((count // parts, parts), size, jnp.int32))
+    packed, taken = jax.lax.fori_loop(0, count // parts, take, state)
+    rest = jnp.max(jnp.max(packed, axis=0))
     bound = ((rest >> bits) + 1).astype(jnp.float32) / steps
-    return taken, jnp.where(rest > _LOWEST, bound, -jnp.inf)
+    return taken.reshape(count), jnp.where(rest > _LOWEST, bound, -jnp.inf)
 
 
 def score_and_store(

@@ -11,11 +11,15 @@ from jax.typing import ArrayLike
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops import _coded_gpu
 from moe_jax.ops._hardware import runs_triton
+from moe_jax.ops.blocks import in_blocks
 from moe_jax.ops.code import Code
 from moe_jax.ops.similarity import exact_cosine, exact_cosine_at, normalize
 from moe_jax.ops.top_k import top_k
 
-__all__ = ["Hits", "nearest"]
+__all__ = ["SCORES_AT_ONCE", "Hits", "nearest"]
+
+SCORES_AT_ONCE = 2**28
+"""So many scores (or bounds) of queries with keys exist at a time: 1 GiB of them."""
 
 _OVERFETCH = 8
 _PART = 8  # of all queries, at most, are searched for once more by themselves
@@ -59,7 +63,8 @@ def nearest(
     two fused kernels, elsewhere by a float32 matmul. Only those are scored exactly. The pass also
     bounds the cosine of every key left out. Should that bound reach the k-th score (near-ties that
     the pass cannot tell apart), a finer pass is made, for those queries alone if they are few, and
-    in the end every key is scored exactly, so that the answer never depends on the pick.
+    in the end every key is scored exactly, so that the answer never depends on the pick. Queries
+    are multiplied by keys in blocks of 2**28 scores.
 
     Args:
       queries: float32 [Q, D]; one without a direction has no hits.
@@ -100,6 +105,11 @@ def nearest(
     floor = jnp.asarray(floor, jnp.float32)
     among = _Among(keys, jnp.atleast_2d(is_candidate), k, floor, precision)
 
+    def by_code(interpret: bool) -> Hits:
+        find = functools.partial(_by_code, among=among, code=code, interpret=interpret)
+        most = max(1, SCORES_AT_ONCE // _coded_gpu.num_bounds(num_keys))
+        return in_blocks(find, (queries, unit, is_query), most)
+
     can_code = code is not None and is_candidate.ndim == 1
     can_code = can_code and _coded_gpu.is_supported(*keys.shape, k)
     if implementation == "code":
@@ -110,12 +120,12 @@ def nearest(
                 f"{_coded_gpu.LARGE_K} for more than {_coded_gpu.MANY_ROWS} keys), got keys "
                 f"{keys.shape} and k={k}"
             )
-        return _by_code(queries, unit, is_query, among, code, jax.default_backend() != "gpu")
+        return by_code(interpret=jax.default_backend() != "gpu")
     if implementation not in (None, "matmul"):
         raise ValueError(f"implementation must be 'code', 'matmul' or None, got {implementation!r}")
     if implementation is None and can_code and runs_triton():
         return jax.lax.platform_dependent(
-            cuda=lambda: _by_code(queries, unit, is_query, among, code, interpret=False),
+            cuda=functools.partial(by_code, interpret=False),
             default=lambda: _by_matmul(unit, is_query, among),
         )
     return _by_matmul(unit, is_query, among)
@@ -132,6 +142,19 @@ class _Among(NamedTuple):
 
 
 def _by_matmul(unit: Float[Array, "Q D"], is_query: Bool[Array, "Q"], among: _Among) -> Hits:
+    """Takes queries in blocks, so that queries x keys never has to fit in memory."""
+    is_shared = among.mask.shape[0] == 1
+
+    def find(unit: Array, is_query: Array, *mask: Array) -> Hits:
+        return _block_by_matmul(
+            unit, is_query, among if is_shared else among._replace(mask=mask[0])
+        )
+
+    inputs = (unit, is_query) if is_shared else (unit, is_query, among.mask)
+    return in_blocks(find, inputs, max(1, SCORES_AT_ONCE // among.keys.shape[0]))
+
+
+def _block_by_matmul(unit: Float[Array, "Q D"], is_query: Bool[Array, "Q"], among: _Among) -> Hits:
     keys, mask, k, _, precision = among
     if precision == "quick" and jax.default_backend() == "gpu":
         picked, _ = _pick_by_matmul(unit, keys, mask, k)
@@ -159,14 +182,14 @@ def _by_code(
     keys, mask, k, _, precision = among
     is_certain = precision == "exact"
     num_picked = _coded_gpu.num_to_pick(k, queries.shape[0], keys.shape[0], is_certain=is_certain)
-    pick = functools.partial(_coded_gpu.pick, interpret=interpret)
+    where, how = (code, mask[0], k, num_picked), {"interpret": interpret}
     if precision == "quick":
-        found = pick(queries, keys, code, mask[0], num_picked, k)
+        found = _coded_gpu.find(queries, keys, *where, **how)
         return Hits(found.ids, found.scores, found.is_found)
-    found = pick(unit, keys, code, mask[0], num_picked, num_picked)
+    picked = _coded_gpu.pick(unit, *where, **how)
     search = functools.partial(_by_matmul, among=among)
     again = functools.partial(_again, unit=unit, search=search)
-    return _best_of((found.ids, found.unseen), unit, is_query, among, again)
+    return _best_of(picked, unit, is_query, among, again)
 
 
 def _best_of(

@@ -1,5 +1,8 @@
 """Nearest neighbours by every implementation and precision, against a sort of exact cosines."""
 
+import functools
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,6 +182,26 @@ def test_queries_that_codes_leave_open_are_looked_at_again(num_close):
     hits = nearest(queries, keys, jnp.ones(1500, bool), k, code=encode(keys), implementation="code")
     for ours, want in zip(hits, expected(queries, keys, np.ones(1500, bool), k), strict=True):
         np.testing.assert_array_equal(ours, want)
+
+
+@pytest.mark.parametrize("precision", ["exact", "quick"])
+@pytest.mark.parametrize(
+    ("implementation", "mask"), [("matmul", "some"), ("matmul", "by query"), ("code", "some")]
+)
+def test_queries_in_blocks(vectors, monkeypatch, implementation, mask, precision):
+    queries, keys = vectors
+    find = functools.partial(
+        nearest, k=4, code=encode(keys), precision=precision, implementation=implementation
+    )
+    whole = find(queries, keys, jnp.asarray(MASKS[mask]))
+    module = importlib.import_module("moe_jax.ops.nearest")
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", 2 * N)
+    nearest.clear_cache()
+    run = jax.jit(find).lower(queries, keys, jnp.asarray(MASKS[mask])).compile()
+    nearest.clear_cache()
+    assert f"f32[{Q},{N}]" not in run.as_text()
+    for ours, want in zip(run(queries, keys, jnp.asarray(MASKS[mask])), whole, strict=True):
+        np.testing.assert_allclose(ours, want, atol=0 if precision == "exact" else 1e-6)
 
 
 def test_larger_k_takes_fewer_rows():
