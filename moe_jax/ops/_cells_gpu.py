@@ -14,7 +14,6 @@ from jax.experimental import pallas as pl
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops._hardware import triton as plgpu
 from moe_jax.ops._kernel_parts import (
-    MAX_CHUNKS,
     Found,
     chunk_of,
     code_of,
@@ -39,6 +38,7 @@ _CELLS = 16  # centroids that one program scores
 _QUERIES = 16  # queries that one program scores centroids for
 _RANKS_PER_COSINE = 2**15
 _MAX_CELLS = 16384  # cosines of a query that fit the second kernel's registers
+_MAX_CHUNKS = 8192  # bounds of a query that fit the last kernel's registers
 
 
 def is_supported(num_cells: int, dim: int) -> bool:
@@ -98,7 +98,7 @@ def probe(
     extra = -(-overflow.shape[0] // (parts * _TILE))
     total = (probes + extra) * parts * _TILE
     rows_per_chunk = 16
-    while total > rows_per_chunk * MAX_CHUNKS and rows_per_chunk < _TILE:
+    while total > rows_per_chunk * _MAX_CHUNKS and rows_per_chunk < _TILE:
         rows_per_chunk *= 2
     score, row, bounds = call(
         functools.partial(_scan_kernel, probes=probes, parts=parts, step=step_of(dim, 256),

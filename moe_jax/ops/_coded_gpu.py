@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops._coded_kernels import TILE, chunk_bounds_kernel, encode_kernel, select_kernel
 from moe_jax.ops._kernel_parts import (
-    MAX_CHUNKS,
     Found,
     found_shapes,
     launch,
@@ -45,9 +44,11 @@ LARGE_K = 25
 
 MANY_ROWS = 2**22
 
-_SOME = 16  # queries of which one is easily an odd one
 _MANY = 1024  # queries that fill a GPU with programs of four warps
-_IN_FOUR_WARPS = 4096  # rows whose bounds leave room in the registers of such a program
+# What leaves room in the registers of a program: bounds of chunks, in the quick search and in the
+# certain one, and of rows, in eight warps and in four.
+_QUICK_CHUNKS, _CERTAIN_CHUNKS = 8192, 16384
+_ROWS, _ROWS_IN_FOUR_WARPS = 8192, 4096
 
 
 def is_supported(num_rows: int, dim: int, k: int) -> bool:
@@ -71,9 +72,7 @@ def num_to_pick(k: int, num_queries: int, num_rows: int, *, is_certain: bool = F
             tenth, and more than 64 for a few queries in a hundred.
     """
     if is_certain and k > 1 and num_rows <= MANY_ROWS:
-        # One query left open costs as much as many, and is more likely among many.
-        has_room = 128 * _rows_per_chunk(num_rows) <= MAX_CHUNKS
-        return 128 if has_room and _SOME <= num_queries < _MANY else 64
+        return 128 if 128 * _rows_per_chunk(num_rows, _CERTAIN_CHUNKS) <= _ROWS else 64
     if k <= 11:
         return 16 if k == 1 or num_queries >= _MANY else 32
     return 32 if k < LARGE_K else 64
@@ -83,7 +82,6 @@ def pick(
     queries: Float[Array, "Q D"],
     table: Code,
     is_candidate: Bool[Array, "N"],
-    k: int,
     num_picked: int,
     *,
     interpret: bool = False,
@@ -94,7 +92,6 @@ def pick(
       queries: float32 [Q, D], of any length.
       table: codes of N unit vectors.
       is_candidate: bool [N], the rows that may be picked.
-      k: how many are wanted in the end.
       num_picked: F, a power of two from 16.
       interpret: run the kernels as ordinary operations, on any device, to test them.
 
@@ -106,7 +103,10 @@ def pick(
         jax.ShapeDtypeStruct((queries.shape[0], num_picked), jnp.int32),
         jax.ShapeDtypeStruct((queries.shape[0],), jnp.float32),
     )
-    return _select(queries, (), table, is_candidate, k, num_picked, outputs, interpret)
+    # In two parts a bound is higher than it need be, which does not matter where it has room.
+    parts = 2 if num_picked >= 128 else 1
+    how = {"num_picked": num_picked, "parts": parts, "max_chunks": _CERTAIN_CHUNKS}
+    return _select(queries, (), table, is_candidate, outputs, interpret=interpret, **how)
 
 
 def find(
@@ -114,8 +114,8 @@ def find(
     keys: Float[Array, "N D"],
     table: Code,
     is_candidate: Bool[Array, "N"],
-    k: int,
     num_picked: int,
+    k: int,
     *,
     interpret: bool = False,
 ) -> Found:
@@ -124,17 +124,20 @@ def find(
     Args:
       queries: as in `pick`; one without a direction finds nothing.
       keys: float32 [N, D], unit vectors.
-      table: as in `pick`, and so are the other arguments.
+      table: as in `pick`.
       is_candidate: as in `pick`.
-      k: how many of those picked are returned, at most F.
       num_picked: as in `pick`.
+      k: how many of those picked are returned, at most F.
       interpret: as in `pick`.
 
     Returns:
       `Found`.
     """
+    # Even if all of the best lie in one part, it has room for them.
+    parts = 2 if num_picked >= 3 * k else 1
+    how = {"num_picked": num_picked, "parts": parts, "max_chunks": _QUICK_CHUNKS}
     outputs = found_shapes(queries.shape[0], k)
-    return _select(queries, (keys,), table, is_candidate, k, num_picked, outputs, interpret)
+    return _select(queries, (keys,), table, is_candidate, outputs, interpret=interpret, **how)
 
 
 def _select(
@@ -142,42 +145,43 @@ def _select(
     keys: tuple[Array, ...],
     table: Code,
     is_candidate: Bool[Array, "N"],
-    k: int,
-    num_picked: int,
     outputs: Any,
+    *,
+    num_picked: int,
+    parts: int,
+    max_chunks: int,
     interpret: bool,
 ) -> Any:
+    num_queries, num_rows = queries.shape[0], table.code.shape[0]
+    rows_per_chunk = _rows_per_chunk(num_rows, max_chunks)
     coded = _encode(queries, interpret=interpret)
-    bounds = _chunk_bounds(*coded, table, is_candidate, interpret=interpret)
-    rows_per_chunk = _rows_per_chunk(table.code.shape[0])
-    joined = rows_per_chunk // min(rows_per_chunk, TILE)
+    per_tile = TILE // min(rows_per_chunk, TILE)
+    bounds = _chunk_bounds(*coded, table, is_candidate, per_tile, interpret=interpret)
+    joined = max(1, rows_per_chunk // TILE)
     if joined > 1:
         pad = -bounds.shape[1] % joined
         bounds = jnp.pad(bounds, ((0, 0), (0, pad)), constant_values=-jnp.inf)
         bounds = jnp.max(bounds.reshape(bounds.shape[0], -1, joined), axis=2)
-    # Even if all of the best lie in one part, it has room for them.
-    parts = 2 if num_picked >= 3 * k else 1
-    kernel = functools.partial(
-        select_kernel, num_picked=num_picked, rows_per_chunk=rows_per_chunk, parts=parts
-    )
-    is_small = num_picked <= 32 or num_picked * rows_per_chunk <= _IN_FOUR_WARPS
-    num_warps = 4 if queries.shape[0] >= _MANY and is_small else 8
+    how = {"num_picked": num_picked, "rows_per_chunk": rows_per_chunk, "parts": parts}
+    is_small = num_picked <= 32 or num_picked * rows_per_chunk <= _ROWS_IN_FOUR_WARPS
+    is_small = is_small and bounds.shape[1] <= _QUICK_CHUNKS
     inputs = (bounds, queries, table.code, table.scale, table.error, is_candidate, *keys)
     return launch(
-        kernel, (queries.shape[0],), inputs, outputs,
-        num_warps=num_warps, num_stages=2, interpret=interpret,
+        functools.partial(select_kernel, **how), (num_queries,), inputs, outputs,
+        num_warps=4 if num_queries >= _MANY and is_small else 8, num_stages=2, interpret=interpret,
     )  # fmt: skip
 
 
 def num_bounds(num_rows: int) -> int:
-    """How many numbers each query takes on the device."""
-    return -(-num_rows // TILE) * TILE // min(_rows_per_chunk(num_rows), TILE)
+    """How many numbers each query takes on the device, at most."""
+    per_tile = TILE // min(_rows_per_chunk(num_rows, _CERTAIN_CHUNKS), TILE)
+    return -(-num_rows // TILE) * per_tile
 
 
-def _rows_per_chunk(num_rows: int) -> int:
+def _rows_per_chunk(num_rows: int, max_chunks: int) -> int:
     """The least power of two, from 16, that keeps the number of chunks small."""
     size = 16
-    while -(-num_rows // TILE) * TILE > size * MAX_CHUNKS:
+    while -(-num_rows // TILE) * TILE > size * max_chunks:
         size *= 2
     return size
 
@@ -206,6 +210,7 @@ def _chunk_bounds(
     scale: Float[Array, "P"],
     table: Code,
     is_candidate: Bool[Array, "N"],
+    per_tile: int,
     *,
     interpret: bool,
 ) -> Float[Array, "P C"]:
@@ -214,11 +219,9 @@ def _chunk_bounds(
     num_rows = table.code.shape[0]
     block = _query_block(num_queries)
     tiles = -(-num_rows // TILE)
-    num_chunks = num_bounds(num_rows)
     step = step_of(dim, 256 if block < 128 else 128)
-    how = {"block": block, "step": step, "per_tile": num_chunks // tiles}
-    kernel = functools.partial(chunk_bounds_kernel, **how)
-    bounds = jax.ShapeDtypeStruct((num_queries, num_chunks), jnp.float32)
+    kernel = functools.partial(chunk_bounds_kernel, block=block, step=step, per_tile=per_tile)
+    bounds = jax.ShapeDtypeStruct((num_queries, tiles * per_tile), jnp.float32)
     return launch(
         kernel, (tiles, num_queries // block), (code, scale, *table, is_candidate), bounds,
         num_warps=4 if block < 128 else 8, interpret=interpret,

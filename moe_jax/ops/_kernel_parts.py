@@ -13,7 +13,6 @@ from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops._hardware import triton as plgpu
 
 __all__ = [
-    "MAX_CHUNKS",
     "Direction",
     "Found",
     "chunk_of",
@@ -30,9 +29,6 @@ __all__ = [
     "takes_width",
     "unit_of",
 ]
-
-MAX_CHUNKS = 8192
-"""How many bounds of a query fit the registers of a program that picks from them."""
 
 _LOWEST = -(2**31)
 _LARGEST_CODE = 126.6  # rounds to at most 127 whatever the last bits are

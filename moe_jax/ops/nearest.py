@@ -182,11 +182,11 @@ def _by_code(
     keys, mask, k, _, precision = among
     is_certain = precision == "exact"
     num_picked = _coded_gpu.num_to_pick(k, queries.shape[0], keys.shape[0], is_certain=is_certain)
-    where, how = (code, mask[0], k, num_picked), {"interpret": interpret}
+    how = {"num_picked": num_picked, "interpret": interpret}
     if precision == "quick":
-        found = _coded_gpu.find(queries, keys, *where, **how)
+        found = _coded_gpu.find(queries, keys, code, mask[0], k=k, **how)
         return Hits(found.ids, found.scores, found.is_found)
-    picked = _coded_gpu.pick(unit, *where, **how)
+    picked = _coded_gpu.pick(unit, code, mask[0], **how)
     search = functools.partial(_by_matmul, among=among)
     again = functools.partial(_again, unit=unit, search=search)
     return _best_of(picked, unit, is_query, among, again)
