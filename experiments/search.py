@@ -27,22 +27,25 @@ from moe_jax.graph.state import with_keys
 from moe_jax.ops import normalize
 
 IS_GPU = jax.default_backend() == "gpu"
-ROUNDS = 5
-SECONDS = 0.3
+ROUNDS, SECONDS, IN_FLIGHT = 5, 0.3, 4
 
 
 def microseconds(
     run: Callable[[], Any], count: int, wait: Callable[[Any], Any] = jax.block_until_ready
 ) -> float:
-    """Median time of one of the `count` searches that `run` starts, two runs in flight."""
-    wait([run(), run()])
+    """Median time of one of the `count` searches that `run` starts, some runs in flight."""
+
+    def several() -> Any:
+        return wait([run() for _ in range(IN_FLIGHT)])
+
+    several()
     times = []
     # The first rounds after compiling can take twice as long as all that follow.
     while len(times) < ROUNDS or sum(times) < SECONDS:
         began = time.perf_counter()
-        wait([run(), run()])
+        several()
         times.append(time.perf_counter() - began)
-    return statistics.median(times) / (2 * count) * 1e6
+    return statistics.median(times) / (IN_FLIGHT * count) * 1e6
 
 
 def ceilings() -> dict[str, float]:

@@ -45,6 +45,7 @@ LARGE_K = 25
 MANY_ROWS = 2**22
 
 _MANY = 1024  # queries that fill a GPU with programs of four warps
+_FEW_ROWS = 2**18
 # What leaves room in the registers of a program: bounds of chunks, in the quick search and in the
 # certain one, and of rows, in eight warps and in four.
 _QUICK_CHUNKS, _CERTAIN_CHUNKS = 8192, 16384
@@ -72,7 +73,9 @@ def num_to_pick(k: int, num_queries: int, num_rows: int, *, is_certain: bool = F
             tenth, and more than 64 for a few queries in a hundred.
     """
     if is_certain and k > 1 and num_rows <= MANY_ROWS:
-        return 128 if 128 * _rows_per_chunk(num_rows, _CERTAIN_CHUNKS) <= _ROWS else 64
+        has_room = 128 * _rows_per_chunk(num_rows, _CERTAIN_CHUNKS) <= _ROWS
+        # Many queries of few rows: looking again at those left open is the quicker way.
+        return 128 if has_room and (num_queries < _MANY or num_rows >= _FEW_ROWS) else 64
     if k <= 11:
         return 16 if k == 1 or num_queries >= _MANY else 32
     return 32 if k < LARGE_K else 64

@@ -156,6 +156,25 @@ def test_larger_k_by_code(many, k):
         assert all(len(set(row[row < 1500])) == (row < 1500).sum() for row in ids)
 
 
+@pytest.mark.parametrize("num_chunks", [8, 32])
+def test_chunks_of_many_rows(many, monkeypatch, num_chunks):
+    """As in large graphs: chunks of part of a tile, and of two tiles."""
+    for name in ("_QUICK_CHUNKS", "_CERTAIN_CHUNKS"):
+        monkeypatch.setattr(_coded_gpu, name, num_chunks)
+    nearest.clear_cache()
+    queries, keys = many
+    find = functools.partial(
+        nearest, queries, keys, jnp.arange(1500) % 3 > 0, 10, code=encode(keys),
+        implementation="code",
+    )  # fmt: skip
+    hits, quick = find(), find(precision="quick")
+    nearest.clear_cache()
+    wanted = expected(queries, keys, np.arange(1500) % 3 > 0, 10)
+    for ours, want in zip(hits, wanted, strict=True):
+        np.testing.assert_array_equal(ours, want)
+    np.testing.assert_allclose(quick.scores, wanted[1], atol=2e-3)
+
+
 @pytest.mark.parametrize("num_picked", [32, 64, 128])
 @pytest.mark.parametrize("rows_per_chunk", [16, 128, 512, 1024])
 def test_the_chunk_of_a_position(num_picked, rows_per_chunk):
