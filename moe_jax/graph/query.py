@@ -35,8 +35,8 @@ def search(
 
     Exact: the best k in order, ties to the lowest id, and, if `reproducible`, with scores that are
     the same bits however queries are batched or the graph is sharded. Queries x nodes never has to
-    fit in memory. Each filter is one value for all queries or
-    one per query. No gradient flows through.
+    fit in memory. Each filter is one value for all queries or one per query. No gradient flows
+    through.
 
     Args:
       graph: the graph.

@@ -30,6 +30,7 @@ _STEP = 128
 
 
 def encode_kernel(query_ref, code_ref, scale_ref):
+    """One query's code and scale; zeros past the last query."""
     at, dim = pl.program_id(0), code_ref.shape[1]
     x = load_queries(query_ref, at, 1)
     towards = direction(x)
@@ -44,6 +45,7 @@ def chunk_bounds_kernel(
     code_ref, scale_ref, rows_ref, rows_scale_ref, rows_error_ref, counts_ref, out_ref,
     *, block, step, per_tile,
 ):  # fmt: skip
+    """Bounds on the cosines of a block of queries over each chunk of a tile of rows."""
     num_rows, dim = rows_ref.shape
     tile, first_query = pl.program_id(0), pl.program_id(1) * block
     start = jnp.minimum(tile * TILE, num_rows - TILE)
@@ -81,6 +83,10 @@ def select_kernel(
     bounds_ref, query_ref, rows_ref, rows_scale_ref, rows_error_ref, counts_ref, *refs,
     num_picked, rows_per_chunk, parts,
 ):  # fmt: skip
+    """The rows picked for one query, or the best of them by full scores, and a bound on the rest.
+
+    `refs` are those of ids and bound, or of the keys and of what `Found` holds.
+    """
     query = pl.program_id(0)
     num_rows, dim = rows_ref.shape
     x = load_queries(query_ref, query, 1)

@@ -209,15 +209,12 @@ def chunk_of(
       chunks: the chunks.
       rows_per_chunk: positions in a chunk.
     """
-    slot = jax.lax.iota(jnp.int32, chunks.shape[0])
     if chunks.shape[0] <= 32:
-        is_mine = (position // rows_per_chunk)[:, None] == slot[None, :]
-        return jnp.sum(jnp.where(is_mine, chunks[None, :], 0), axis=1)
+        return _entries(chunks, position // rows_per_chunk)
     # Every position against every chunk would not fit the registers.
     count = max(1, position.shape[0] // rows_per_chunk)
     mine = first // rows_per_chunk + jax.lax.iota(jnp.int32, count)
-    is_mine = mine[:, None] == slot[None, :]
-    own = jnp.sum(jnp.where(is_mine, chunks[None, :], 0), axis=1)
+    own = _entries(chunks, mine)
     return jnp.broadcast_to(own[:, None], (count, position.shape[0] // count)).reshape(-1)
 
 
@@ -225,10 +222,14 @@ def row_of(
     position: Int[Array, "P"], chunks: Int[Array, "F"], rows_per_chunk: int
 ) -> Int[Array, "P"]:
     """The row at each of a few positions, counted through some chunks end to end."""
-    slot = jax.lax.iota(jnp.int32, chunks.shape[0])
-    is_own = (position // rows_per_chunk)[:, None] == slot[None, :]
-    own = jnp.sum(jnp.where(is_own, chunks[None, :], 0), axis=1)
+    own = _entries(chunks, position // rows_per_chunk)
     return own * rows_per_chunk + position % rows_per_chunk
+
+
+def _entries(values: Int[Array, "F"], at: Int[Array, "P"]) -> Int[Array, "P"]:
+    """`values[at]` of what is in registers, zero beyond the end."""
+    slot = jax.lax.iota(jnp.int32, values.shape[0])
+    return jnp.sum(jnp.where(at[:, None] == slot[None, :], values[None, :], 0), axis=1)
 
 
 def largest(

@@ -220,7 +220,7 @@ def test_queries_in_blocks(vectors, monkeypatch, implementation, mask, precision
     nearest.clear_cache()
     assert f"f32[{Q},{N}]" not in run.as_text()
     for ours, want in zip(run(queries, keys, jnp.asarray(MASKS[mask])), whole, strict=True):
-        np.testing.assert_allclose(ours, want, atol=0 if precision == "exact" else 1e-6)
+        np.testing.assert_allclose(ours, want, rtol=0, atol=0 if precision == "exact" else 1e-6)
 
 
 def test_larger_k_takes_fewer_rows():
