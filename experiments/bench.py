@@ -12,12 +12,13 @@ what building its parameters took. `--only` chooses groups by how names begin:
   rotate, most of what it writes after the warm-up merges.
 - `memory/...`: search, insert and write of that graph by themselves, each call with new vectors.
 
-Times are medians after a warm-up; "ms" waits for each call, "ms in a row" for the last of ten, and
-rates go by the latter. Inputs are random and rotate. Useful TFLOP/s count what the K chosen experts
-must compute for the choices that were kept, never padding or empty slots, and three times that for
-a step with a backward pass. "Of the matmul" is that over the rate of a large bfloat16 product, "of
-the copy" what the case must read and write at least over the rate of a large copy, both measured
-first in the same run. A case that fails says why, and the others go on.
+Times are medians after a warm-up; "ms" waits for each call, "ms in a row" for the last of ten, or
+of up to fifty short ones, and rates go by the latter. Inputs are random and rotate. Useful TFLOP/s
+count what the K chosen experts must compute for the choices that were kept, never padding or empty
+slots, and three times that for a step with a backward pass. "Of the matmul" is that over the rate
+of a large bfloat16 product, "of the copy" what the case must read and write at least over the rate
+of a large copy, both measured first in the same run. A case that fails says why, and the others go
+on.
 
 `--router balanced` first trains the balance of the router alone, by loss-free balancing on other
 random tokens (see `bench_system.balance`), and training goes on balancing as the library's does.

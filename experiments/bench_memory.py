@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from bench_layers import peak_bytes
 from bench_system import half_full
-from measuring import Row, figures, num_calls, time_calls
+from measuring import SHORTEST_ROW, Row, figures, most_calls, time_calls
 
 from moe_jax import MoESystem
 from moe_jax.config import MoEConfig, h100, tiny
@@ -49,7 +49,7 @@ class MemoryCase:
     def measure(self, options: argparse.Namespace) -> list[Row]:
         """Runs the case and takes its figures."""
         graph = jax.jit(lambda: half_full(MoESystem(self.config).create_graph()))()
-        live, count = int(graph.num_live), num_calls(options.repeats)
+        live, count = int(graph.num_live), most_calls(options.repeats, SHORTEST_ROW)
         least = graph.code.nbytes + graph.code_scale.nbytes
         shape = (self.rows, self.config.output_dim)
         make = jax.jit(lambda key: normalize(jax.random.normal(key, shape)))
@@ -61,7 +61,7 @@ class MemoryCase:
             graph, result = step(graph, inputs[i])
             return graph, result
 
-        times, _ = time_calls(call, jax.block_until_ready, options.repeats)
+        times, _ = time_calls(call, jax.block_until_ready, options.repeats, SHORTEST_ROW)
         if self.operation != "search" and int(graph.num_updates) != count * self.rows:
             raise ArithmeticError(f"{int(graph.num_updates)} of {count * self.rows} rows arrived")
         searches = SEARCHES[self.operation]

@@ -6,6 +6,7 @@ Imports neither JAX nor PyTorch.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-IN_A_ROW = 10
+SHORTEST_ROW, LONGEST_ROW, ROW_SECONDS = 10, 50, 0.1
 NUM_INPUTS = 4
 CEILINGS = "ceilings"
 COLUMNS = {
@@ -49,7 +50,7 @@ class Times:
     Attributes:
         first: of the first one, with compiling.
         single: waiting for each call, sorted.
-        row: a call of ten in a row, waiting for the last one, median.
+        row: a call of some in a row, waiting for the last one, median.
     """
 
     first: float
@@ -57,9 +58,9 @@ class Times:
     row: float
 
 
-def num_calls(repeats: int) -> int:
-    """How often `time_calls` calls."""
-    return NUM_INPUTS + repeats + IN_A_ROW * _rows(repeats)
+def most_calls(repeats: int, longest_row: int = LONGEST_ROW) -> int:
+    """How often `time_calls` calls at most."""
+    return NUM_INPUTS + repeats + longest_row * _rows(repeats)
 
 
 def _rows(repeats: int) -> int:
@@ -67,7 +68,10 @@ def _rows(repeats: int) -> int:
 
 
 def time_calls(
-    call: Callable[[int], Any], wait: Callable[[Any], Any], repeats: int
+    call: Callable[[int], Any],
+    wait: Callable[[Any], Any],
+    repeats: int,
+    longest_row: int = LONGEST_ROW,
 ) -> tuple[Times, Any]:
     """Times `call(i)`, the i-th call, which must use another input than the call before.
 
@@ -75,12 +79,14 @@ def time_calls(
         call: starts the work and returns its result.
         wait: waits for a result.
         repeats: calls that are waited for.
+        longest_row: calls in a row at most; short ones, of which the host's start of the first
+            would be a good part, come in rows of a tenth of a second.
 
     Returns:
         The times, and the last result.
     """
     clock, single, row = time.perf_counter, [], []
-    began, count = clock(), iter(range(num_calls(repeats)))
+    began, count = clock(), iter(range(most_calls(repeats, longest_row)))
     wait(result := call(next(count)))
     first = clock() - began
     for _ in range(NUM_INPUTS - 1):
@@ -89,12 +95,14 @@ def time_calls(
         began = clock()
         wait(result := call(next(count)))
         single.append(clock() - began)
+    in_a_row = math.ceil(ROW_SECONDS / statistics.median(single))
+    in_a_row = min(max(in_a_row, SHORTEST_ROW), longest_row)
     for _ in range(_rows(repeats)):
         began = clock()
-        for _ in range(IN_A_ROW):
+        for _ in range(in_a_row):
             result = call(next(count))
         wait(result)
-        row.append((clock() - began) / IN_A_ROW)
+        row.append((clock() - began) / in_a_row)
     return Times(first, sorted(single), statistics.median(row)), result
 
 

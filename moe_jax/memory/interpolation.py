@@ -206,7 +206,10 @@ class MemoryInterpolation(nn.Module):
         return _mix(evidence.model_at_target, memory, logit, has_hits)
 
     def _weights(self, evidence: Evidence) -> Float[Array, "*B K"]:
-        return memory_weights(evidence.scores, evidence.is_valid, jnp.exp(self.log_sharpness))
+        sharpness = jnp.exp(self.log_sharpness)
+        weights = memory_weights(evidence.scores, evidence.is_valid, sharpness)
+        # On GPUs XLA would make the softmax again for every pair of hits, compiling for minutes.
+        return jax.lax.optimization_barrier(weights)
 
     def _logit(self, evidence: Evidence, weights: Float[Array, "*B K"]) -> Float[Array, "*B"]:
         if self.is_constant:
