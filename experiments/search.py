@@ -126,14 +126,14 @@ def measure_torch(num_nodes: int, dim: int, num_queries: int, k: int, queue: int
         x = torch.randn(rows, dim, device="cuda")
         return x / x.norm(dim=1, keepdim=True)
 
-    some, scores, parts = unit(64), [], []
-    for _ in range(0, num_nodes, 100_000):
-        part = unit(min(100_000, num_nodes))
+    some, scores = unit(64), []
+    keys = torch.empty(num_nodes, dim, dtype=torch.bfloat16, device="cuda")
+    for rows in keys.split(100_000):
+        part = unit(len(rows))
         scores.append(some @ part.T)
-        parts.append(part.bfloat16())
+        rows.copy_(part)
     true = torch.topk(torch.cat(scores, dim=1), k).indices
-    keys = torch.cat(parts)
-    del scores, parts
+    del scores
     found = torch.topk(some.bfloat16() @ keys.T, k).indices
     each = [unit(num_queries).bfloat16() for _ in range(queue)]
 

@@ -9,7 +9,7 @@ from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.graph._leaders import Items, Likeness, Outcome
 from moe_jax.graph._order import first_to_go, policy_keys
 from moe_jax.graph.state import KnowledgeGraph
-from moe_jax.ops.similarity import exact_cosine
+from moe_jax.ops._matmul_pick import best_of_all
 
 __all__ = ["evict_one_by_one"]
 
@@ -105,10 +105,8 @@ def _best(
     if ids.shape[0] < nowhere:
 
         def look_again() -> tuple[Array, Array]:
-            score = exact_cosine(items.key[i][None], graph.key)[0]
-            score = jnp.where(is_old, score, -jnp.inf)
-            best = jnp.argmax(score).astype(jnp.int32)
-            return jnp.where(jnp.any(is_old), best, nowhere), score[best]
+            best, found = best_of_all(items.key[i][None], graph.key, is_old[None], 1)
+            return jnp.where(jnp.any(is_old), found[0, 0], nowhere), best[0, 0]
 
         is_used_up = items.is_valid[i] & ~has_old & (ids[-1] < nowhere)
         old_id, old_score = jax.lax.cond(is_used_up, look_again, lambda: (old_id, old_score))

@@ -24,7 +24,8 @@ from moe_jax.graph._victims import (
     victims,
 )
 from moe_jax.graph.state import KnowledgeGraph
-from moe_jax.ops.nearest import nearest
+from moe_jax.ops.blocks import in_blocks
+from moe_jax.ops.nearest import SCORES_AT_ONCE, Hits, nearest
 
 __all__ = ["evict_in_rounds", "solve"]
 
@@ -195,10 +196,15 @@ def _best_old(
         return best_id, best
     is_used_up = items.is_valid & ~has_any & (ids[:, -1] < nowhere)
 
-    def look_again() -> tuple[Array, Array]:
+    def find(key: Array, turn: Array, is_used_up: Array) -> Hits:
         is_candidate = graph.is_live[None, :] & (fates.old[None, :] >= turn[:, None])
         is_candidate &= is_used_up[:, None]
-        hits = nearest(items.key, graph.key, is_candidate, 1, floor=problem.threshold)
+        return nearest(key, graph.key, is_candidate, 1, floor=problem.threshold)
+
+    def look_again() -> tuple[Array, Array]:
+        # A mask for each item takes the room of all their scores.
+        at_once = max(1, SCORES_AT_ONCE // nowhere)
+        hits = in_blocks(find, (items.key, turn, is_used_up), at_once)
         found, score = hits.ids[:, 0], jnp.where(hits.is_valid, hits.scores, -jnp.inf)[:, 0]
         return jnp.where(is_used_up, found, best_id), jnp.where(is_used_up, score, best)
 

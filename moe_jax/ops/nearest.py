@@ -9,21 +9,18 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops import _coded_gpu
+from moe_jax.ops import _coded_gpu, _matmul_pick
 from moe_jax.ops._hardware import runs_triton
 from moe_jax.ops.blocks import in_blocks
 from moe_jax.ops.code import Code
-from moe_jax.ops.similarity import exact_cosine, exact_cosine_at, normalize
-from moe_jax.ops.top_k import top_k
+from moe_jax.ops.similarity import exact_cosine_at, normalize
 
 __all__ = ["SCORES_AT_ONCE", "Hits", "nearest"]
 
 SCORES_AT_ONCE = 2**28
 """So many scores (or bounds) of queries with keys exist at a time: 1 GiB of them."""
 
-_OVERFETCH = 8
 _PART = 8  # of all queries, at most, are searched for once more by themselves
-_FEW = 32
 
 # (ids [Q, F], N where there are fewer; bound [Q] on the cosine of the candidates left out)
 _Pick = tuple[Array, Array]
@@ -151,24 +148,26 @@ def _by_matmul(unit: Float[Array, "Q D"], is_query: Bool[Array, "Q"], among: _Am
         )
 
     inputs = (unit, is_query) if is_shared else (unit, is_query, among.mask)
-    return in_blocks(find, inputs, max(1, SCORES_AT_ONCE // among.keys.shape[0]))
+    num_scores = _matmul_pick.keys_at_once(among.keys.shape[0])
+    return in_blocks(find, inputs, max(1, SCORES_AT_ONCE // num_scores))
 
 
 def _block_by_matmul(unit: Float[Array, "Q D"], is_query: Bool[Array, "Q"], among: _Among) -> Hits:
     keys, mask, k, _, precision = among
     if precision == "quick" and jax.default_backend() == "gpu":
-        picked, _ = _pick_by_matmul(unit, keys, mask, k)
+        picked, _ = _matmul_pick.pick(unit, keys, mask, k)
         return _hits(unit, *_best_of_picked(unit, keys, picked, k, _cosine_at), among)
     if precision == "quick":
-        scores, ids = top_k(_rough(unit, keys, mask), k)
+        scores, ids = _matmul_pick.roughly_best(unit, keys, mask, k)
         return _hits(unit, ids, scores, among)
 
     def score_all(found: Hits, is_close: Array) -> Hits:
         del found, is_close
-        best, index = top_k(jnp.where(mask, exact_cosine(unit, keys), -jnp.inf), k)
-        return _hits(unit, index, best, among)
+        scores, ids = _matmul_pick.best_of_all(unit, keys, mask, k)
+        return _hits(unit, ids, scores, among)
 
-    return _best_of(_pick_by_matmul(unit, keys, mask, k), unit, is_query, among, score_all)
+    picked = _matmul_pick.pick(unit, keys, mask, k)
+    return _best_of(picked, unit, is_query, among, score_all)
 
 
 def _by_code(
@@ -238,48 +237,6 @@ def _again(
     if not most:
         return for_all()
     return jax.lax.cond(jnp.sum(is_close) <= most, for_few, for_all)
-
-
-def _pick_by_matmul(
-    queries: Float[Array, "Q D"], keys: Float[Array, "N D"], mask: Bool[Array, "#Q N"], k: int
-) -> _Pick:
-    num_keys, dim = keys.shape
-    rough, picked = top_k(_rough(queries, keys, mask), min(num_keys, k + _OVERFETCH))
-    # A float32 dot product of unit vectors is off by at most its length times 2**-24, and leaving
-    # out the product of two second parts costs 3 * 2**-18; both ends may be off.
-    slack = (3 * dim + 8) * 2.0**-23 + 2.0**-15
-    return jnp.where(rough > -jnp.inf, picked, num_keys), rough[:, -1] + slack
-
-
-def _rough(
-    queries: Float[Array, "Q D"], keys: Float[Array, "N D"], mask: Bool[Array, "#Q N"]
-) -> Float[Array, "Q N"]:
-    """Cosines rounded as float32 sums are, -inf where masked."""
-    # Parting all keys costs more than the slower products of few queries.
-    if jax.default_backend() == "gpu" and queries.shape[0] > _FEW:
-        rough = jax.lax.platform_dependent(queries, keys, cuda=_cosine_in_parts, default=_cosine)
-    else:
-        rough = _cosine(queries, keys)
-    return jnp.where(mask, rough, -jnp.inf)
-
-
-def _cosine(queries: Float[Array, "Q D"], keys: Float[Array, "N D"]) -> Float[Array, "Q N"]:
-    return jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
-
-
-def _cosine_in_parts(
-    queries: Float[Array, "Q D"], keys: Float[Array, "N D"]
-) -> Float[Array, "Q N"]:
-    """As `_cosine`, by the bfloat16 matrix units: x = first + second, leaving out second.second."""
-
-    def parts(x: Float[Array, "I D"]) -> tuple[Array, Array]:
-        # A mere cast to bfloat16 and back may be optimised away.
-        first = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        return first.astype(jnp.bfloat16), (x - first).astype(jnp.bfloat16)
-
-    (q0, q1), (k0, k1) = parts(queries), parts(keys)
-    left, right = jnp.concatenate([q0, q0, q1], 1), jnp.concatenate([k0, k1, k0], 1)
-    return jnp.matmul(left, right.T, preferred_element_type=jnp.float32)
 
 
 def _best_of_picked(

@@ -20,10 +20,11 @@ from graph_cases import (
     slices,
 )
 
-from moe_jax.graph import KnowledgeGraph, insert, record_reads
+from moe_jax.graph import KnowledgeGraph, _rounds, insert, record_reads
 from moe_jax.graph._leaders import Items, compare
 from moe_jax.graph._rounds import solve
 from moe_jax.graph._victims import pose
+from moe_jax.ops.nearest import SCORES_AT_ONCE
 from moe_jax.ops.similarity import normalize
 
 POLICIES = ["oldest", "least_used", "lowest_confidence"]
@@ -143,9 +144,13 @@ def ask_rounds(graph, items, threshold, policy):
     return solve(pose(graph, items, like, threshold, policy), policy)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_rounds_suffice_where_no_merge_lowers_a_node(policy):
+@pytest.mark.parametrize(
+    ("policy", "scores_at_once"), [*((p, SCORES_AT_ONCE) for p in POLICIES), ("oldest", 40)]
+)
+def test_rounds_suffice_where_no_merge_lowers_a_node(monkeypatch, policy, scores_at_once):
     """The sequential way would hide a mistake of the rounds, so they are asked directly."""
+    monkeypatch.setattr(_rounds, "SCORES_AT_ONCE", scores_at_once)
+    ask_rounds.clear_cache()
     for seed in range(40):
         rng, graph, oracle, items = random_stream(seed, CASES[0][:-1])
         items["time"] = np.sort(items["time"])

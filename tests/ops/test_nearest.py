@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops import _coded_gpu, encode, exact_cosine, nearest, normalize
+from moe_jax.ops import _coded_gpu, _matmul_pick, encode, exact_cosine, nearest, normalize
 from moe_jax.ops._kernel_parts import chunk_of
 
 N, Q, D = 300, 6, 64
@@ -221,6 +221,31 @@ def test_queries_in_blocks(vectors, monkeypatch, implementation, mask, precision
     assert f"f32[{Q},{N}]" not in run.as_text()
     for ours, want in zip(run(queries, keys, jnp.asarray(MASKS[mask])), whole, strict=True):
         np.testing.assert_allclose(ours, want, rtol=0, atol=0 if precision == "exact" else 1e-6)
+
+
+@pytest.mark.parametrize("mask", ["some", "few", "by query"])
+@pytest.mark.parametrize("k", [1, 7])
+def test_keys_in_chunks(vectors, monkeypatch, mask, k):
+    """Copies of a key lie in several chunks, and the last one is shorter."""
+    queries, keys = vectors
+    mask = jnp.asarray(MASKS[mask])
+    for name, size in (("_CHUNK", 40), ("keys_at_once", lambda num_keys: 40)):
+        monkeypatch.setattr(_matmul_pick, name, size)
+    nearest.clear_cache()
+    hits = {
+        precision: nearest(queries, keys, mask, k, precision=precision, implementation="matmul")
+        for precision in ("exact", "quick")
+    }
+    every = _matmul_pick.best_of_all(queries, keys, jnp.atleast_2d(mask), k)
+    rough = _matmul_pick.roughly_best(queries, keys, jnp.atleast_2d(mask), k)
+    nearest.clear_cache()
+    ids, scores, is_valid = expected(queries, keys, mask, k)
+    for ours, want in zip(hits["exact"], (ids, scores, is_valid), strict=True):
+        np.testing.assert_array_equal(ours, want)
+    np.testing.assert_allclose(hits["quick"].scores, scores, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(np.where(is_valid, every[0], 0), scores)
+    np.testing.assert_array_equal(np.where(is_valid, every[1], N), ids)
+    np.testing.assert_allclose(np.where(is_valid, rough[0], 0), scores, rtol=0, atol=1e-6)
 
 
 def test_larger_k_takes_fewer_rows():
