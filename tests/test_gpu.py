@@ -9,6 +9,8 @@ import pytest
 from moe_jax import MoESystem
 from moe_jax.config import h100, tiny
 from moe_jax.graph import KnowledgeGraph, insert, link_similar, search
+from moe_jax.graph.state import with_keys
+from moe_jax.ops import normalize
 from moe_jax.routing import combine, dispatch, dispatch_index, make_plan, topk
 
 pytestmark = pytest.mark.gpu
@@ -122,6 +124,25 @@ def test_the_graph_equals_the_cpus(dim):
     np.testing.assert_array_equal(ids, cpu_ids)
     assert_same(graph, cpu_graph)
     for ours, theirs in zip(hits, cpu_hits, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_near_ties_among_more_keys_than_are_multiplied_at_once():
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(2**18 + 1000, 64)).astype(np.float32)
+    crowd = rng.choice(len(keys), 1000, replace=False)
+    keys[crowd] = keys[0] + 1e-4 * rng.normal(size=(1000, 64)).astype(np.float32)
+    queries = np.concatenate([keys[:1], rng.normal(size=(39, 64)).astype(np.float32)])
+    found = []
+    for device in (jax.devices("gpu")[0], jax.devices("cpu")[0]):
+        with jax.default_device(device):
+            graph = KnowledgeGraph.create(len(keys), 64, num_edge_slots=1)
+            graph = with_keys(graph, jnp.arange(len(keys)), normalize(keys))
+            graph = graph._replace(is_live=jnp.ones(len(keys), bool))
+            # One query whose bound cannot tell the crowd apart, alone and among many; all of them.
+            some = queries[:1], queries, np.repeat(queries[:1], 40, axis=0)
+            found.append(jax.device_get([search(graph, q, k=10) for q in some]))
+    for ours, theirs in zip(*found, strict=True):
         assert_same(ours, theirs)
 
 
