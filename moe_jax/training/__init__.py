@@ -19,7 +19,6 @@ from moe_jax.training.step import EvalSums as EvalSums
 from moe_jax.training.step import Metrics as Metrics
 from moe_jax.training.step import make_eval_step as make_eval_step
 from moe_jax.training.step import make_train_step as make_train_step
-from moe_jax.training.step import write_before_update as write_before_update
 from moe_jax.training.stream import StreamSums as StreamSums
 from moe_jax.training.stream import TokenReader as TokenReader
 from moe_jax.training.stream import fit_interpolation as fit_interpolation
@@ -27,3 +26,4 @@ from moe_jax.training.stream import make_stream_step as make_stream_step
 from moe_jax.training.stream_eval import evaluate_token_memory as evaluate_token_memory
 from moe_jax.training.stream_reader import Reading as Reading
 from moe_jax.training.stream_reader import StreamReader as StreamReader
+from moe_jax.training.write import write_before_update as write_before_update

@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax._types import Array, Bool, Float, Int, PRNGKey, Variables
+from moe_jax._types import Array, Float, Int, PRNGKey, Variables
 from moe_jax.config import RunConfig
 from moe_jax.data import Batch
-from moe_jax.graph import InsertInfo, KnowledgeGraph
-from moe_jax.librarian import Proposals
-from moe_jax.lm import LanguageModelOutput, MoELanguageModel
+from moe_jax.graph import KnowledgeGraph
+from moe_jax.lm import MoELanguageModel
 from moe_jax.memory import note_reads
 from moe_jax.routing import balanced_bias
 from moe_jax.supervisor import BALANCE_BIAS
-from moe_jax.system import MoESystem
 from moe_jax.training.copies import matrix_copies, with_copies
+from moe_jax.training.losses import confidence_loss, cross_entropy
 from moe_jax.training.state import TrainState
+from moe_jax.training.write import write_before_update, write_when_due
 
 
 class Metrics(NamedTuple):
@@ -141,7 +141,7 @@ def make_train_step(
         if config.training.memory_write:
             # Reads count at every step, written or not, and on the graph that was read.
             graph = note_reads(graph, reads)
-            graph, info = _write(model, graph, proposals, state.step, config)
+            graph, info = write_when_due(model, graph, proposals, state.step, config)
             written = tuple(map(jnp.sum, (info.created, info.merged, info.rejected)))
             opt_state = write_before_update(graph, opt_state)
         updates, opt_state = optimizer.update(grads, opt_state, state.params)
@@ -170,38 +170,6 @@ def make_train_step(
         )
 
     return jax.jit(step, donate_argnums=(0, 1))
-
-
-def write_before_update(graph: KnowledgeGraph, opt_state: optax.OptState) -> optax.OptState:
-    """Orders a training step: the optimizer's update waits for the graph's write.
-
-    On a GPU the host waits for the branches and loops of a write. If the write comes last the
-    device has nothing left to do by then, and idles until the host has started the next step. So
-    the update, which takes the device longer than that, is made to come after the write. Only
-    scalars are held back (an optimizer's step count), so that the update stays one pass over
-    gradients and parameters; an optimizer without any is left as it is.
-
-    Args:
-        graph: after the write.
-        opt_state: before the update.
-
-    Returns:
-        The same optimizer state.
-
-    Example:
-        >>> from moe_jax.graph import KnowledgeGraph
-        >>> state = optax.adam(0.1).init(jnp.ones(3))
-        >>> int(write_before_update(KnowledgeGraph.create(4, 2), state)[0].count)
-        0
-    """
-    leaves, tree = jax.tree.flatten(opt_state)
-    scalars = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf) == 0]
-    # An entry of what inserting, linking and counting reads write last.
-    done = graph.num_updates, graph.edge_target[:1, :1], graph.reads[:1]
-    held, _ = jax.lax.optimization_barrier(([leaves[i] for i in scalars], done))
-    for i, leaf in zip(scalars, held, strict=True):
-        leaves[i] = leaf
-    return jax.tree.unflatten(tree, leaves)
 
 
 def make_eval_step(
@@ -263,7 +231,7 @@ def _loss(
         rngs={"dropout": dropout, "router": router},
     )
     nats = cross_entropy(out, batch)
-    confidence = _confidence_loss(out.moe.confidence, nats, batch.is_valid)
+    confidence = confidence_loss(out.moe.confidence, nats, batch.is_valid)
     extra = out.auxiliary_loss + config.training.confidence_weight * confidence
     loss = jnp.sum(nats) / total + extra / config.training.accumulate
     report = (jnp.sum(nats), out.auxiliary_loss, confidence, out.stats)
@@ -283,43 +251,3 @@ def _rebalanced(params: Variables, load: Float[Array, "L E"], rate: float) -> Va
         return balanced_bias(leaf, load[layer], rate)
 
     return jax.tree_util.tree_map_with_path(move, params)
-
-
-def cross_entropy(out: LanguageModelOutput, batch: Batch) -> Float[Array, "B S"]:
-    """Cross entropy of each valid target in nats, zero elsewhere."""
-    log_share = jax.nn.log_softmax(out.logits, axis=-1)
-    picked = jnp.take_along_axis(log_share, batch.targets[..., None], axis=-1)[..., 0]
-    return jnp.where(batch.is_valid, -picked, 0.0)
-
-
-def _confidence_loss(
-    confidence: Float[Array, "B S"], nats: Float[Array, "B S"], is_valid: Bool[Array, "B S"]
-) -> Float[Array, ""]:
-    """Binary cross entropy between confidence and the probability given to the right token."""
-    right = jnp.exp(-jax.lax.stop_gradient(nats))
-    sure = jnp.clip(confidence, 1e-6, 1 - 1e-6)
-    each = -(right * jnp.log(sure) + (1 - right) * jnp.log1p(-sure))
-    return jnp.sum(jnp.where(is_valid, each, 0.0)) / jnp.maximum(jnp.sum(is_valid), 1)
-
-
-def _write(
-    model: MoELanguageModel,
-    graph: KnowledgeGraph,
-    proposals: Proposals,
-    step: Int[Array, ""],
-    config: RunConfig,
-) -> tuple[KnowledgeGraph, InsertInfo]:
-    """Writes the proposals of all micro-batches when a write is due."""
-    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), proposals)
-
-    def write(graph: KnowledgeGraph) -> tuple[KnowledgeGraph, InsertInfo]:
-        return MoESystem(model.config.moe).write(graph, flat)
-
-    def skip(graph: KnowledgeGraph) -> tuple[KnowledgeGraph, InsertInfo]:
-        rows = flat.is_kept.shape[0]
-        no, nowhere = jnp.zeros(rows, bool), jnp.full(rows, graph.num_nodes, jnp.int32)
-        return graph, InsertInfo(nowhere, no, no, no, jnp.zeros(rows), no)
-
-    c = config.training
-    is_due = (step % c.memory_write_every == 0) & (step >= round(c.memory_write_from * c.steps))
-    return jax.lax.cond(is_due, write, skip, graph)

@@ -24,7 +24,7 @@ from moe_jax.memory import (
     shuffle_symbols,
     write_tokens,
 )
-from moe_jax.training.step import cross_entropy
+from moe_jax.training.losses import cross_entropy
 
 __all__ = ["StreamSums", "TokenReader", "fit_interpolation", "make_hidden_step", "make_stream_step"]
 
