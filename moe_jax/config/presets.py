@@ -46,8 +46,8 @@ def colab() -> MoEConfig:
 
 
 def h100() -> MoEConfig:
-    """The default sizes as one H100 likes them: bfloat16, tanh GELU."""
-    return MoEConfig(compute_dtype="bfloat16", approximate_gelu=True)
+    """The default sizes as one H100 likes them: bfloat16, tanh GELU, nothing dropped."""
+    return MoEConfig(compute_dtype="bfloat16", approximate_gelu=True, dispatch="dropless")
 
 
 def byte_lm() -> RunConfig:
