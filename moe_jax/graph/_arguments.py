@@ -8,7 +8,16 @@ from jax.typing import ArrayLike
 from moe_jax._types import Array, Bool, Dtype, Int
 from moe_jax.graph.state import KnowledgeGraph
 
-__all__ = ["check_choice", "ids", "is_live_at", "per_row", "scalar", "vectors", "whole_number"]
+__all__ = [
+    "array",
+    "check_choice",
+    "ids",
+    "is_live_at",
+    "per_row",
+    "scalar",
+    "vectors",
+    "whole_number",
+]
 
 
 def vectors(name: str, value: ArrayLike, dim: int) -> Array:
@@ -35,7 +44,7 @@ def per_row(
     shape = (rows, *tail)
     if value is None:
         return jnp.full(shape, default, dtype)
-    value = _array(name, value, dtype)
+    value = array(name, value, dtype)
     if value.shape == tail:
         value = jnp.broadcast_to(value[None], shape)
     if value.shape != shape:
@@ -56,14 +65,14 @@ def ids(name: str, value: ArrayLike) -> Int[Array, "R"]:
     shape, dtype = value.shape, value.dtype
     if len(shape) != 1 or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"{name} must be a list of integers, got shape {shape} and dtype {dtype}")
-    return _array(name, value, jnp.int32)
+    return array(name, value, jnp.int32)
 
 
 def scalar(name: str, value: ArrayLike, dtype: Dtype) -> Array:
     """The argument as a scalar array; ValueError where it has an axis."""
     if np.shape(value) != ():
         raise ValueError(f"{name} must be a scalar, got shape {np.shape(value)}")
-    return _array(name, value, dtype)
+    return array(name, value, dtype)
 
 
 def whole_number(name: str, value: int, low: int, high: int, what: str = "") -> int:
@@ -74,14 +83,16 @@ def whole_number(name: str, value: int, low: int, high: int, what: str = "") -> 
     return int(value)
 
 
-def _array(name: str, value: ArrayLike, dtype: Dtype) -> Array:
+def array(name: str, value: ArrayLike, dtype: Dtype) -> Array:
     """The argument as an array; ValueError where integers would wrap or fractions be cut off."""
     if jnp.issubdtype(dtype, jnp.integer) and not isinstance(value, jax.Array):
         given = np.asarray(value)
-        if jnp.issubdtype(given.dtype, jnp.floating) and given.size:
+        if not given.size:
+            return jnp.zeros(given.shape, dtype)
+        if jnp.issubdtype(given.dtype, jnp.floating):
             raise ValueError(f"{name} must be of integers, got dtype {given.dtype}")
         bounds = jnp.iinfo(dtype)
-        if given.size and (given.min() < bounds.min or given.max() > bounds.max):
+        if given.min() < bounds.min or given.max() > bounds.max:
             wrong = given.max() if given.max() > bounds.max else given.min()
             raise ValueError(f"{name} must fit {jnp.dtype(dtype).name}, got {wrong}")
     value = jnp.asarray(value)

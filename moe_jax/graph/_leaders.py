@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
+from moe_jax.graph._order import halves, joined, saturating_add
 from moe_jax.graph.state import FOREVER, KnowledgeGraph, with_keys
 from moe_jax.ops.independent import first_independent
 from moe_jax.ops.nearest import nearest
@@ -178,7 +179,8 @@ def store(
         at_speaker = jnp.where(speaks, node_id, nowhere)
         at_last = jnp.where(is_last, node_id, nowhere)
     before = graph.hits.at[at_new].set(0, mode="drop")
-    hits = before.at[node_id].add(items.weight, mode="drop")
+    none = jnp.zeros(nowhere, jnp.uint32)
+    more = joined(*(none.at[node_id].add(half, mode="drop") for half in halves(items.weight)))
 
     def speak(field: Array, value: Array) -> Array:
         return field.at[at_speaker].set(value, mode="drop")
@@ -188,7 +190,7 @@ def store(
         is_live=graph.is_live.at[at_new].set(True, mode="drop"),
         created=graph.created.at[at_new].set(items.time, mode="drop"),
         updated=graph.updated.at[at_last].set(items.time, mode="drop"),
-        hits=jnp.where(hits < before, jnp.iinfo(jnp.int32).max, hits),  # it has wrapped
+        hits=saturating_add(before, more),
         reads=graph.reads.at[at_new].set(0, mode="drop"),
         value=speak(graph.value, items.value),
         confidence=speak(graph.confidence, items.confidence),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.graph._leaders import Items, Likeness, Outcome
-from moe_jax.graph._order import first_to_go, policy_keys
+from moe_jax.graph._order import first_to_go, policy_keys, saturating_add
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops._matmul_pick import best_of_all
 
@@ -152,7 +152,7 @@ def _stored(
         confidence=put(
             memory.confidence, confidence, jnp.where(rises, confidence, memory.confidence[at])
         ),
-        hits=put(memory.hits, weight, memory.hits[at] + weight),
+        hits=put(memory.hits, weight, saturating_add(memory.hits[at], weight)),
         reads=put(memory.reads, jnp.int32(0), memory.reads[at]),
         created=put(memory.created, time, memory.created[at]),
         updated=put(memory.updated, time, time),

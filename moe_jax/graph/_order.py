@@ -3,9 +3,17 @@
 import jax
 import jax.numpy as jnp
 
-from moe_jax._types import Array, Bool, Float, Int
+from moe_jax._types import Array, Bool, Float, Int, UInt32
 
-__all__ = ["POLICIES", "first_to_go", "lowest", "policy_keys", "saturating_add"]
+__all__ = [
+    "POLICIES",
+    "first_to_go",
+    "halves",
+    "joined",
+    "lowest",
+    "policy_keys",
+    "saturating_add",
+]
 
 POLICIES = ("oldest", "least_used", "lowest_confidence")
 _INT32_MAX = 2**31 - 1
@@ -45,6 +53,19 @@ def policy_keys(
 def saturating_add(x: Int[Array, "*X"], more: Int[Array, "*I"]) -> Int[Array, "..."]:
     """The sum of an int32 and a non-negative int32, stopping at the largest one."""
     return x + jnp.minimum(more, _INT32_MAX - jnp.maximum(x, 0))
+
+
+def halves(x: Int[Array, "*X"]) -> tuple[UInt32[Array, "*X"], UInt32[Array, "*X"]]:
+    """The upper and the lower 16 bits of non-negative int32, for sums that must not wrap."""
+    x = x.astype(jnp.uint32)
+    return x >> 16, x & 0xFFFF
+
+
+def joined(high: UInt32[Array, "*X"], low: UInt32[Array, "*X"]) -> Int[Array, "*X"]:
+    """What sums of up to 65,536 `halves` stand for, stopping at the largest int32."""
+    high = high + (low >> 16)
+    whole = (high << 16 | low & 0xFFFF).astype(jnp.int32)
+    return jnp.where(high < 2**15, whole, _INT32_MAX)
 
 
 def first_to_go(

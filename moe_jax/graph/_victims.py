@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.graph._leaders import Items, Likeness
-from moe_jax.graph._order import lowest, policy_keys
+from moe_jax.graph._order import halves, joined, lowest, policy_keys, saturating_add
 from moe_jax.graph.state import KnowledgeGraph
 
 __all__ = ["Guess", "Problem", "go_in_order", "num_evicted_before", "pose", "turns", "victims"]
@@ -224,7 +224,8 @@ def _versions(
     is_earlier = turn[None, :] < turn[:, None]
     before = jnp.max(jnp.where(is_same & is_earlier, turn[None, :], -1), axis=1)
     is_so_far = is_same & (turn[None, :] <= turn[:, None])
-    weight = jnp.sum(jnp.where(is_so_far, items.weight[None, :], 0), axis=1, dtype=jnp.int32)
+    parts = (jnp.where(is_so_far, half[None, :], 0) for half in halves(items.weight))
+    weight = joined(*(jnp.sum(part, axis=1, dtype=jnp.uint32) for part in parts))
     confidence = jnp.max(jnp.where(is_so_far, items.confidence[None, :], -jnp.inf), axis=1)
     is_old = guess.node < graph.num_nodes
     old = jnp.minimum(guess.node, graph.num_nodes - 1)
@@ -232,7 +233,7 @@ def _versions(
     first, second = policy_keys(
         policy,
         confidence=jnp.where(is_old, jnp.maximum(graph.confidence[old], confidence), confidence),
-        hits=jnp.where(is_old, graph.hits[old] + weight, weight),
+        hits=jnp.where(is_old, saturating_add(graph.hits[old], weight), weight),
         reads=jnp.where(is_old, graph.reads[old], 0),
         created=jnp.where(is_old, graph.created[old], items.time[maker]),
         updated=items.time,

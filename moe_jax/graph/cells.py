@@ -141,7 +141,6 @@ def refine_cells(
     return _fill(graph, centroids, slots, cells.overflow.shape[0])
 
 
-@jax.jit
 def update_cells(graph: KnowledgeGraph, cells: Cells, node_id: ArrayLike) -> Cells:
     """Follow a change of the graph at some nodes: created, moved, evicted, replaced or deleted.
 
@@ -172,8 +171,13 @@ def update_cells(graph: KnowledgeGraph, cells: Cells, node_id: ArrayLike) -> Cel
       [0, 1, 2, 4, 4]
     """
     check_cells(graph, cells)
+    return _update_cells(graph, cells, ids("node_id", node_id))
+
+
+@jax.jit
+def _update_cells(graph: KnowledgeGraph, cells: Cells, node_id: Int[Array, "R"]) -> Cells:
     nodes, nowhere, inside = graph.num_nodes, cells.num_places, cells.num_inside
-    node_id = once(ids("node_id", node_id), nodes)
+    node_id = once(node_id, nodes)
     row = jnp.minimum(node_id, nodes - 1)
     is_live = is_live_at(graph, node_id)
     choices, fit = _choices(graph.key[row], is_live, cells.centroids)

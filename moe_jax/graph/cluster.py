@@ -11,10 +11,13 @@ from moe_jax._types import Array, Bool, Float, Int, PRNGKey
 from moe_jax.graph._arguments import is_live_at
 from moe_jax.graph._places import turns
 from moe_jax.graph.state import KnowledgeGraph
+from moe_jax.ops.blocks import in_blocks
 from moe_jax.ops.segment import group_sums
 from moe_jax.ops.spherical_kmeans import spherical_kmeans
 
 __all__ = ["ClusterLevel", "Communities", "cluster", "label_propagation"]
+
+_ROWS_AT_ONCE = 2**16
 
 
 class ClusterLevel(NamedTuple):
@@ -113,7 +116,7 @@ def cluster(
             centroids=jnp.where((sizes > 0)[:, None], centroids, 0.0),
             sizes=sizes,
             parent=jnp.zeros(size, jnp.int32),
-            summary=_summary(graph, assignment, size),
+            summary=_summary(graph, assignment, sizes),
             typical=_typical(graph, assignment, centroids, num_typical),
         )
         if i + 1 < len(num_clusters):
@@ -127,16 +130,18 @@ def cluster(
     return tuple(levels)
 
 
-def _summary(graph: KnowledgeGraph, assignment: Int[Array, "N"], size: int) -> Float[Array, "L D"]:
+def _summary(
+    graph: KnowledgeGraph, assignment: Int[Array, "N"], sizes: Int[Array, "L"]
+) -> Float[Array, "L D"]:
     """Mean values of clusters, weighted by confidence where there is any."""
     weight = jnp.maximum(graph.confidence, 0.0)
-    ones = jnp.ones((graph.num_nodes, 1), jnp.float32)
+    size, ones = sizes.shape[0], jnp.ones((graph.num_nodes, 1), jnp.float32)
     total = group_sums(ones, assignment, weight, size)[:, 0]
     has_weight = (total > 0).at[assignment].get(mode="fill", fill_value=False)
     weight = jnp.where(has_weight, weight, 1.0)
-    # One pass sums values and weights.
-    sums = group_sums(jnp.concatenate([graph.value, ones], axis=1), assignment, weight, size)
-    return sums[:, :-1] / jnp.where(sums[:, -1:] > 0, sums[:, -1:], 1.0)
+    sums = group_sums(graph.value, assignment, weight, size)
+    total = jnp.where(total > 0, total, jnp.maximum(sizes, 1))
+    return sums / total[:, None]
 
 
 def _typical(
@@ -144,8 +149,13 @@ def _typical(
 ) -> Int[Array, "L T"]:
     """The nodes nearest to each centroid."""
     nodes, size = graph.num_nodes, centroids.shape[0]
-    own = centroids.at[assignment].get(mode="fill", fill_value=0.0)
-    turn = turns(assignment, jnp.sum(graph.key * own, axis=1))
+
+    def closeness(row: Int[Array, "R"]) -> Float[Array, "R"]:
+        own = centroids.at[assignment[row]].get(mode="fill", fill_value=0.0)
+        return jnp.sum(graph.key[row] * own, axis=1)
+
+    # Each node's own centroid beside it would be as large as all keys.
+    turn = turns(assignment, in_blocks(closeness, (jnp.arange(nodes),), _ROWS_AT_ONCE))
     at = jnp.where((assignment < size) & (turn < count), assignment * count + turn, size * count)
     typical = jnp.full(size * count, nodes, jnp.int32)
     typical = typical.at[at].set(jnp.arange(nodes, dtype=jnp.int32), mode="drop")

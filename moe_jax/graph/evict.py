@@ -4,9 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Int
+from moe_jax.graph._arguments import array, scalar
 from moe_jax.graph._leaders import clear_edges, empty_edges
 from moe_jax.graph._order import saturating_add
 from moe_jax.graph.query import Hits
@@ -67,7 +69,13 @@ def delete(
         "below_confidence": below_confidence,
     }
     filters = lists | bounds | {"is_node": is_node}
-    given = {name: jnp.asarray(x) for name, x in filters.items() if x is not None}
+    others = {"below_confidence": jnp.float32, "is_node": None}
+
+    def as_array(name: str, x: ArrayLike) -> Array:
+        dtype = others.get(name, jnp.int32)
+        return jnp.asarray(x) if dtype is None else array(name, x, dtype)
+
+    given = {name: as_array(name, x) for name, x in filters.items() if x is not None}
     if not given:
         raise ValueError(f"one of {', '.join(filters)} must be given")
     for name, x in given.items():
@@ -89,7 +97,7 @@ def expire(
       The graph after, and how many nodes were deleted (int32 scalar).
 
     Raises:
-      ValueError: if ttl is negative.
+      ValueError: if ttl is negative, or it or now is not one integer.
 
     Example:
       >>> graph, _ = insert(KnowledgeGraph.create(4, 2), jnp.eye(2), time=jnp.array([1, 9]))
@@ -97,10 +105,10 @@ def expire(
       >>> int(num_expired), graph.is_live.tolist()
       (1, [False, True, False, False])
     """
-    if isinstance(ttl, int) and ttl < 0:
+    if isinstance(ttl, (int, np.integer)) and ttl < 0:
         raise ValueError(f"ttl must be at least 0, got {ttl}")
-    now = graph.clock if now is None else jnp.asarray(now, jnp.int32)
-    return _expire(graph, jnp.asarray(ttl, jnp.int32), now)
+    now = graph.clock if now is None else scalar("now", now, jnp.int32)
+    return _expire(graph, scalar("ttl", ttl, jnp.int32), now)
 
 
 @jax.jit
@@ -154,15 +162,13 @@ def record_reads(
       >>> record_reads(graph, jnp.array([1, 1, 4])).reads.tolist()
       [0, 2, 0, 0]
     """
-    ids = jnp.asarray(read.ids if isinstance(read, Hits) else read)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"read must be hits or integers, got dtype {ids.dtype}")
+    ids = array("read", read.ids if isinstance(read, Hits) else read, jnp.int32)
     valid = jnp.ones(ids.shape, bool) if is_valid is None else jnp.asarray(is_valid, bool)
     if valid.shape != ids.shape:
         raise ValueError(f"is_valid must have shape {ids.shape}, as the ids, got {valid.shape}")
     if isinstance(read, Hits):
         valid = valid & read.is_valid
-    return _record_reads(graph, ids.astype(jnp.int32).ravel(), valid.ravel())
+    return _record_reads(graph, ids.ravel(), valid.ravel())
 
 
 def _check_filter(graph: KnowledgeGraph, name: str, value: Array, *, is_list: bool) -> None:
@@ -176,8 +182,6 @@ def _check_filter(graph: KnowledgeGraph, name: str, value: Array, *, is_list: bo
     elif value.ndim > is_list:
         what = "one value or a list of values" if is_list else "one value"
         raise ValueError(f"{name} must be {what}, got shape {value.shape}")
-    elif is_list and not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ValueError(f"{name} must be of integers, got dtype {value.dtype}")
 
 
 @jax.jit

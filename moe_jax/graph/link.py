@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.graph._arguments import check_choice, ids, is_live_at, per_row, vectors
+from moe_jax.graph._arguments import check_choice, ids, is_live_at, per_row, scalar, vectors
 from moe_jax.graph._edges import Edges, write_edges, write_rows
 from moe_jax.graph.state import FOREVER, KnowledgeGraph
 from moe_jax.ops.nearest import nearest
@@ -112,6 +112,9 @@ def link_similar(
 ) -> tuple[KnowledgeGraph, Int[Array, ""]]:
     """Link nodes to the live nodes most similar to them, best first, as `link` does.
 
+    Cosines are exact. Which nodes are the most similar is told apart as far as the search's first
+    pass can, see `nearest(precision="scored")`: of near-ties at the end another one may be linked.
+
     Args:
       graph: the graph before.
       node_id: [R] integers, node ids, such as `InsertInfo.node_id`; ids out of range and of free
@@ -157,7 +160,7 @@ def link_similar(
         per_row("kind", kind, rows, SEMANTIC, jnp.int32),
         per_row("time", time, rows, graph.clock, jnp.int32),
         per_row("is_valid", is_valid, rows, True, bool),
-        threshold,
+        scalar("threshold", threshold, jnp.float32),
         k=min(k, graph.num_nodes),
         is_distinct=is_distinct,
         symmetric=symmetric,

@@ -186,7 +186,7 @@ def _local_walk(
         near = gather(seeds=seeds, weight=weight)
         ids = jnp.sort(near.ids, axis=1)
         target, share = edges_out(ids)
-        target = place_of(ids, target.reshape(ids.shape[0], -1), graph.num_nodes)
+        target = place_of(ids, jax.lax.collapse(target, 1, 3), graph.num_nodes)
         start = seed_weights(place_of(ids, seeds, graph.num_nodes), weight, max_nodes)
         step = functools.partial(walk, damping=damping, steps=steps, counts_start=counts_start)
         edges = jax.vmap(by_target)(target.reshape(share.shape), share, ids < graph.num_nodes)
@@ -215,9 +215,10 @@ def _gather(
 
     def hop(near: _Near, known: int) -> _Near:
         target, share = edges_out(near.frontier)
-        strength = (near.strength[:, :, None] * share).reshape(rows, -1)
+        target = jax.lax.collapse(target, 1, 3)
+        strength = jax.lax.collapse(near.strength[:, :, None] * share, 1, 3)
         width = min(places, strength.shape[1])
-        return add(near, target.reshape(rows, -1), strength, known=known, width=width)
+        return add(near, target, strength, known=known, width=width)
 
     none = jnp.zeros(rows, jnp.int32)
     empty = jnp.full((rows, places), nowhere, jnp.int32)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
+from moe_jax.graph._arguments import array
 from moe_jax.graph.incoming import IncomingEdges, incoming_edges
 from moe_jax.graph.query import Hits
 from moe_jax.graph.state import KnowledgeGraph
@@ -228,13 +229,13 @@ def seeds_of(
     """The ids and weights of a personalization; ValueError where they have the wrong shape."""
     if isinstance(given, Hits):
         given = given.ids, given.scores
-    node, weight = jnp.asarray(given[0]), jnp.asarray(given[1], jnp.float32)
-    if node.ndim != 2 or weight.shape != node.shape or not jnp.issubdtype(node.dtype, jnp.integer):
+    node, weight = array("personalization", given[0], jnp.int32), jnp.asarray(given[1], jnp.float32)
+    if node.ndim != 2 or weight.shape != node.shape:
         raise ValueError(
             f"personalization must be integer ids and weights, both [queries, seeds], got shapes "
-            f"{node.shape} and {weight.shape} and dtype {node.dtype}"
+            f"{node.shape} and {weight.shape}"
         )
-    return node.astype(jnp.int32), weight
+    return node, weight
 
 
 @functools.partial(jax.jit, static_argnames="nowhere")

@@ -115,7 +115,7 @@ def _shortest_paths(
 
     def relax(state: tuple[Array, Array, Paths]) -> tuple[Array, Array, Paths]:
         now, _, paths = state
-        reach = (paths.distance[:, :, None] + toll[None]).reshape(num_queries, -1)
+        reach = jax.lax.collapse(paths.distance[:, :, None] + toll[None], 1, 3)
         best = least(reach, jnp.inf)
         is_best = reach == best[:, jnp.minimum(target, nowhere - 1)]
         previous = least(jnp.where(is_best, source, nowhere), nowhere)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.graph._arguments import check_choice, vectors, whole_number
+from moe_jax.graph._arguments import check_choice, scalar, vectors, whole_number
 from moe_jax.graph._filters import FILTERS, given_filters, shared_mask
 from moe_jax.graph.cells import Cells, check_cells
 from moe_jax.graph.query import Hits, above
@@ -91,10 +91,10 @@ def search_cells(
     probes = min(probes, cells.num_cells)
     given = (expert_id, kind, as_of, min_confidence)
     wanted, fields = given_filters(graph, queries.shape[0], given)
-    is_fusible = first_pass == "codes" and can_fuse(cells.num_cells, graph.dim, k)
+    is_fusible = first_pass == "codes" and can_fuse(graph.num_nodes, cells.num_cells, graph.dim, k)
     is_fusible &= all(value.ndim == 0 for value in wanted.values())
-    if implementation is None:
-        implementation = "pallas" if is_fusible and runs_triton() else "xla"
+    if implementation is None or not queries.shape[0]:
+        implementation = "pallas" if is_fusible and runs_triton() and queries.shape[0] else "xla"
     check_choice("implementation", implementation, ("pallas", "xla"))
     if implementation == "pallas" and not is_fusible:
         raise ValueError(
@@ -105,6 +105,8 @@ def search_cells(
         )
     if isinstance(threshold, float) and threshold == -1.0:
         threshold = None  # spares a transfer in each call
+    else:
+        threshold = scalar("threshold", threshold, jnp.float32)
     # Only what a search reads: handing over whole states takes the host longer than the search.
     lists = Lists(cells.centroids, cells.members, cells.overflow)
     return _search(

@@ -13,10 +13,14 @@ from moe_jax.graph.local import check_places, local_walk, place_of
 from moe_jax.graph.pagerank import rounded, seed_weights, walk
 from moe_jax.graph.query import Hits, search
 from moe_jax.graph.state import KnowledgeGraph
+from moe_jax.ops.blocks import in_blocks
+from moe_jax.ops.nearest import SCORES_AT_ONCE
 from moe_jax.ops.similarity import exact_cosine_at, normalize
 from moe_jax.ops.top_k import top_k
 
 __all__ = ["retrieve"]
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def retrieve(
@@ -129,30 +133,44 @@ def _retrieve(
     sizes: tuple[int, int, int],
 ) -> Hits:
     nowhere, (max_nodes, hops, steps) = keys.shape[0], sizes
-    weight = rounded(jnp.maximum(found.scores[:, :seeds], 0.0) ** sharpness)
-    start, options = found.ids[:, :seeds], {"damping": damping, "counts_start": False}
+    keys, mix = jax.lax.stop_gradient(keys), jnp.asarray(mix, jnp.float32)
+    options = {"steps": steps, "damping": damping, "counts_start": False}
+
+    def rank(queries: Float[Array, "Q D"], found: Hits) -> Hits:
+        start, weight = found.ids[:, :seeds], _seed_shares(found.scores[:, :seeds], sharpness)
+        if isinstance(walked, IncomingEdges):
+            received = walk(walked, seed_weights(start, weight, nowhere), **options)
+            place = found.ids
+            most, reached = top_k(received, min(k + seeds, nowhere))
+            node = reached
+        else:
+            sizes = {"max_nodes": max_nodes, "hops": hops}
+            near = local_walk(walked, start, weight, kind, as_of, **sizes, **options)
+            received, place = near.rank, place_of(near.ids, found.ids, nowhere)
+            most, reached = top_k(received, min(k + seeds, max_nodes))
+            node = jnp.take_along_axis(near.ids, reached, axis=1)
+        node = jnp.concatenate([found.ids, jnp.where(most > 0.0, node, nowhere)], axis=1)
+        place = jnp.concatenate([place, reached], axis=1)
+        is_placed = place < received.shape[1]
+        received = jnp.take_along_axis(received, jnp.where(is_placed, place, 0), axis=1)
+        received = jnp.where(is_placed, received, 0.0)
+        cosine = exact_cosine_at(queries, keys, jnp.minimum(node, nowhere - 1))
+        spread = received * (1.0 / jnp.maximum(most[:, :1], _TINY))
+        score = cosine + rounded(mix * (rounded(spread) - cosine))
+        return _best(node, score, received, k, nowhere)
+
     if isinstance(walked, IncomingEdges):
-        received = walk(walked, seed_weights(start, weight, nowhere), steps=steps, **options)
-        place = found.ids
-        most, reached = top_k(received, min(k + seeds, nowhere))
-        node = reached
-    else:
-        sizes = {"max_nodes": max_nodes, "hops": hops, "steps": steps}
-        near = local_walk(walked, start, weight, kind, as_of, **sizes, **options)
-        received, place = near.rank, place_of(near.ids, found.ids, nowhere)
-        most, reached = top_k(received, min(k + seeds, max_nodes))
-        node = jnp.take_along_axis(near.ids, reached, axis=1)
-    node = jnp.concatenate([found.ids, jnp.where(most > 0.0, node, nowhere)], axis=1)
-    place = jnp.concatenate([place, reached], axis=1)
-    is_placed = place < received.shape[1]
-    received = jnp.take_along_axis(received, jnp.where(is_placed, place, 0), axis=1)
-    received = jnp.where(is_placed, received, 0.0)
-    keys = jax.lax.stop_gradient(keys)
-    cosine = exact_cosine_at(queries, keys, jnp.minimum(node, nowhere - 1))
-    spread = received * (1.0 / jnp.maximum(most[:, :1], jnp.finfo(jnp.float32).tiny))
-    mix = jnp.asarray(mix, jnp.float32)
-    score = cosine + rounded(mix * (rounded(spread) - cosine))
-    return _best(node, score, received, k, nowhere)
+        # A walk of the whole graph holds what flows along each edge for each query.
+        at_once = max(1, SCORES_AT_ONCE // max(1, walked.source.shape[0]))
+        return in_blocks(rank, (queries, found), at_once)
+    return rank(queries, found)
+
+
+def _seed_shares(score: Float[Array, "Q R"], sharpness: float) -> Float[Array, "Q R"]:
+    """Shares in proportion to cosine ** sharpness; the best is 1, so that no power vanishes."""
+    score = jnp.maximum(score, 0.0)
+    best = jnp.maximum(jnp.max(score, axis=1, keepdims=True), _TINY)
+    return rounded((score / best) ** sharpness)
 
 
 def _best(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.graph._arguments import is_live_at, per_row
+from moe_jax.graph._arguments import array, is_live_at, per_row
 from moe_jax.graph.neighbours import is_edge
 from moe_jax.graph.query import Hits
 from moe_jax.graph.state import KnowledgeGraph
@@ -142,10 +142,9 @@ def _strongest_of_each(
 
 def starts(start: ArrayLike | Hits) -> Int[Array, "Q R"]:
     """The argument as an int32 [Q, R] array of ids; ValueError where it is nothing of the kind."""
-    start = jnp.asarray(start.ids if isinstance(start, Hits) else start)
-    if start.ndim != 2 or not jnp.issubdtype(start.dtype, jnp.integer):
+    start = array("start", start.ids if isinstance(start, Hits) else start, jnp.int32)
+    if start.ndim != 2:
         raise ValueError(
-            f"start must be integers of shape [queries, starts], got shape {start.shape} and "
-            f"dtype {start.dtype}"
+            f"start must be integers of shape [queries, starts], got shape {start.shape}"
         )
-    return start.astype(jnp.int32)
+    return start

@@ -35,7 +35,8 @@ class InsertInfo(NamedTuple):
         (zero, NaN, infinite), its value or confidence is not finite, its weight is negative, or the
         graph is full.
       similarity: float32 [R], the best cosine over the nodes that were live when the item's turn
-        came, 0 when there were none or when nothing was compared.
+        came, 0 when there were none or when nothing was compared. Below the threshold, where it
+        decides nothing, near-ties are not told apart: it may be that of another near node.
       is_current: bool [R], the node that the item joined or became is there after the call.
     """
 

@@ -18,6 +18,7 @@ from moe_jax.ops._kernel_parts import (
     chunk_of,
     code_of,
     direction,
+    fits_offsets,
     found_shapes,
     largest,
     largest_chunks,
@@ -41,9 +42,9 @@ _MAX_CELLS = 16384  # cosines of a query that fit the second kernel's registers
 _MAX_CHUNKS = 8192  # bounds of a query that fit the last kernel's registers
 
 
-def is_supported(num_cells: int, dim: int) -> bool:
+def is_supported(num_rows: int, num_cells: int, dim: int) -> bool:
     """Whether `probe` can take such sizes."""
-    return takes_width(dim) and num_cells <= _MAX_CELLS
+    return takes_width(dim) and fits_offsets(num_rows, dim) and num_cells <= _MAX_CELLS
 
 
 def probe(

@@ -18,6 +18,7 @@ from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops._coded_kernels import TILE, chunk_bounds_kernel, encode_kernel, select_kernel
 from moe_jax.ops._kernel_parts import (
     Found,
+    fits_offsets,
     found_shapes,
     launch,
     step_of,
@@ -58,7 +59,7 @@ def is_supported(num_rows: int, dim: int, k: int) -> bool:
     The bounds of all rows in the picked chunks have to fit a program's registers.
     """
     has_room = k < LARGE_K or (k <= MAX_K and num_rows <= MANY_ROWS)
-    return has_room and num_rows >= TILE and takes_width(dim)
+    return has_room and num_rows >= TILE and takes_width(dim) and fits_offsets(num_rows, dim)
 
 
 def num_to_pick(k: int, num_queries: int, num_rows: int, *, is_certain: bool = False) -> int:

@@ -18,6 +18,7 @@ __all__ = [
     "chunk_of",
     "code_of",
     "direction",
+    "fits_offsets",
     "found_shapes",
     "largest",
     "largest_chunks",
@@ -73,6 +74,14 @@ def found_shapes(num_queries: int, k: int) -> Found:
     dtypes = (jnp.int32, jnp.float32, jnp.bool_)
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
     return Found(*arrays, jax.ShapeDtypeStruct((num_queries,), jnp.float32))
+
+
+def fits_offsets(num_rows: int, dim: int) -> bool:
+    """Whether kernels can point into a table of bytes.
+
+    Pallas counts in 32 bits up to 2**32 bytes, and Triton takes that count as signed.
+    """
+    return not 2**31 < num_rows * dim <= 2**32
 
 
 def takes_width(dim: int) -> bool:

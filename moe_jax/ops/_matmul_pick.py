@@ -88,7 +88,7 @@ def _best(
 
     # [chunks, Q, k] to [Q, chunks * k]: equal scores stay in the order of their keys.
     best, ids = (
-        jnp.moveaxis(x, 0, 1).reshape(queries.shape[0], -1)
+        jax.lax.collapse(jnp.moveaxis(x, 0, 1), 1, 3)
         for x in jax.lax.map(of_chunk, jnp.arange(0, num_keys, size, dtype=jnp.int32))
     )
     best, at = top_k(best, k)

@@ -103,6 +103,8 @@ def nearest(
     among = _Among(keys, jnp.atleast_2d(is_candidate), k, floor, precision)
 
     def by_code(interpret: bool) -> Hits:
+        if not queries.shape[0]:
+            return _by_matmul(unit, is_query, among)
         find = functools.partial(_by_code, among=among, code=code, interpret=interpret)
         most = max(1, SCORES_AT_ONCE // _coded_gpu.num_bounds(num_keys))
         return in_blocks(find, (queries, unit, is_query), most)
@@ -113,7 +115,8 @@ def nearest(
         if not can_code:
             raise ValueError(
                 "implementation='code' needs code, an is_candidate of one axis, at least 128 keys,"
-                f" a width that 64 divides and k up to {_coded_gpu.MAX_K} (or less than "
+                f" a width that 64 divides, rows and width whose product is not between 2**31 and"
+                f" 2**32, and k up to {_coded_gpu.MAX_K} (or less than "
                 f"{_coded_gpu.LARGE_K} for more than {_coded_gpu.MANY_ROWS} keys), got keys "
                 f"{keys.shape} and k={k}"
             )

@@ -44,9 +44,9 @@ class Lists(NamedTuple):
         return probes * self.members.shape[1] + self.overflow.shape[0]
 
 
-def can_fuse(num_cells: int, dim: int, k: int) -> bool:
+def can_fuse(num_keys: int, num_cells: int, dim: int, k: int) -> bool:
     """Whether the kernels for NVIDIA GPUs can take such sizes."""
-    return k <= MAX_FUSED_K and _cells_gpu.is_supported(num_cells, dim)
+    return k <= MAX_FUSED_K and _cells_gpu.is_supported(num_keys, num_cells, dim)
 
 
 def nearest_in_cells(
@@ -133,7 +133,7 @@ def _candidates(queries: Float[Array, "Q D"], lists: Lists, probes: int) -> Int[
     rows = queries.shape[0]
     cosine = jnp.matmul(queries, lists.centroids.T, precision=jax.lax.Precision.HIGHEST)
     _, cell = _top_k(cosine, probes)
-    inside = lists.members[cell].reshape(rows, -1)
+    inside = jax.lax.collapse(lists.members[cell], 1, 3)
     overflow = jnp.broadcast_to(lists.overflow[None], (rows, lists.overflow.shape[0]))
     return jnp.concatenate([inside, overflow], axis=1)
 
@@ -187,9 +187,9 @@ def _top_k(x: Array, k: int) -> tuple[Array, Array]:
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
     lowest = -jnp.inf if is_float else jnp.iinfo(x.dtype).min
     x = jnp.pad(x, ((0, 0), (0, -size % chunk)), constant_values=lowest)
-    x = x.reshape(rows, -1, chunk)
+    x = x.reshape(rows, x.shape[1] // chunk, chunk)
     best = jax.lax.top_k(jnp.max(x, axis=2), k)[1]
-    found = jnp.take_along_axis(x, best[:, :, None], axis=1).reshape(rows, -1)
+    found = jax.lax.collapse(jnp.take_along_axis(x, best[:, :, None], axis=1), 1, 3)
     values, at = top_k(found, k, chunk_size=found.shape[1])
     within = jnp.take_along_axis(best, at // chunk, axis=1)
     # Padding is only ever chosen with the lowest value, which nobody reads.

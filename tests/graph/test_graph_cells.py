@@ -251,11 +251,16 @@ def test_wrong_calls():
         (lambda: update_cells(other, cells, jnp.arange(2)), "cells must be of a graph of 61"),
         (lambda: refine_cells(other, cells, key=KEY), "cells must be of a graph of 61 nodes"),
         (lambda: update_cells(graph, cells, jnp.ones(2)), "node_id must be a list of integers"),
+        (lambda: update_cells(graph, cells, np.array([2**32])), "node_id must fit int32"),
         (lambda: search_cells(graph, cells, jnp.eye(3)), r"queries must have shape \[rows, 4\]"),
         (lambda: search_cells(graph, cells, jnp.eye(D), k=N + 1), "k must be between 1 and 60"),
         (lambda: search_cells(graph, cells, jnp.eye(D), probes=0), "probes must be at least 1"),
         (lambda: search_cells(graph, cells, jnp.eye(D), first_pass="x"), "first_pass must be one"),
         (lambda: search_cells(graph, cells, jnp.eye(D), kind=jnp.ones(3, int)), "kind must have"),
+        (
+            lambda: search_cells(graph, cells, jnp.eye(D), 3, jnp.ones(D)),
+            "threshold must be a scal",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -9,17 +9,20 @@ from graph_cases import assert_identical
 from moe_jax.graph import (
     KnowledgeGraph,
     StreamTail,
+    build_cells,
     incoming_edges,
     insert,
     k_hop,
     link,
     link_similar,
     link_stream,
+    local_pagerank,
     neighbours,
     pagerank,
     path_to,
     retrieve,
     search,
+    search_cells,
     shortest_paths,
 )
 
@@ -77,7 +80,9 @@ WRONG = [
     (lambda g: neighbours(g, np.int32(0)), "node_id must be a list of integers"),
     (lambda g: neighbours(g, IDS, as_of=IDS[:1]), r"as_of must have shape \(2,\), got \(1,\)"),
     (lambda g: k_hop(g, IDS, 1), r"start must be integers of shape \[queries, starts\].*\(2,\)"),
-    (lambda g: k_hop(g, ROW, 1), "start must be integers.*float32"),
+    (lambda g: k_hop(g, ROW, 1), "start must be of integers, got dtype float32"),
+    (lambda g: k_hop(g, np.array([[2**32]]), 1), "start must fit int32, got 4294967296"),
+    (lambda g: link_similar(g, IDS, threshold=ROW[0]), r"threshold must be a scalar.*\(4,\)"),
     (lambda g: k_hop(g, IDS[None], -1), "hops must not be negative, got -1"),
     (lambda g: k_hop(g, IDS[None], 1, fan_out=0), "fan_out must be at least 1, got 0"),
     (lambda g: k_hop(g, IDS[None], 1, max_nodes=1), "max_nodes must be at least 2.*got 1"),
@@ -95,7 +100,7 @@ WRONG = [
     (lambda g: pagerank(g, max_iterations=-1), "max_iterations must not be negative, got -1"),
     (lambda g: pagerank(g, personalization=ROW), r"personalization must have shape.*\(2, 4\)"),
     (lambda g: pagerank(g, personalization=(IDS, IDS)), "personalization must be integer ids"),
-    (lambda g: pagerank(g, personalization=(ROW, ROW)), "personalization must be integer ids"),
+    (lambda g: pagerank(g, personalization=(ROW, ROW)), "personalization must be of integers"),
     (lambda g: retrieve(g, ROW, -1), "k must be between 1 and 8.*got -1"),
     (lambda g: retrieve(g, ROW, 9), "k must be between 1 and 8.*got 9"),
     (lambda g: retrieve(g, ROW[0], 1), r"queries must have shape \[rows, 4\].*got \(4,\)"),
@@ -111,6 +116,30 @@ WRONG = [
     (lambda g: retrieve(g, ROW, 1, seeds=4, max_nodes=3), r"max_nodes must be at least 4.*got 3"),
     (lambda g: retrieve(g, ROW, 1, hops=-1), "hops must not be negative, got -1"),
 ]
+
+
+NONE, NO_ROWS = np.zeros((0, 2), np.int32), np.zeros((0, 4), np.float32)
+WITHOUT_QUERIES = {
+    "search": lambda g: search(g, NO_ROWS, 2),
+    "search by codes": lambda g: search(
+        KnowledgeGraph.create(128, 64), np.zeros((0, 64), np.float32), 2, implementation="code"
+    ),
+    "search_cells": lambda g: search_cells(
+        g, build_cells(g, 2, key=jax.random.key(0)), NO_ROWS, 2, probes=1
+    ),
+    "retrieve": lambda g: retrieve(g, NO_ROWS, 2),
+    "retrieve nearby": lambda g: retrieve(g, NO_ROWS, 2, seeds=1, max_nodes=2),
+    "k_hop": lambda g: k_hop(g, NONE, 1),
+    "local_pagerank": lambda g: local_pagerank(g, (NONE, NONE.astype(np.float32))),
+    "pagerank": lambda g: pagerank(g, personalization=(NONE, NONE.astype(np.float32))),
+    "shortest_paths": lambda g: shortest_paths(g, NONE),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_QUERIES)
+def test_no_queries_have_no_answers(graph, name):
+    found = WITHOUT_QUERIES[name](graph)
+    assert all(array.shape[0] == 0 for array in jax.tree.leaves(found))
 
 
 @pytest.mark.parametrize(("call", "message"), WRONG)

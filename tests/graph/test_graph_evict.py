@@ -3,6 +3,7 @@
 More trials: `EVICT_TRIALS=2000 pytest tests/graph/test_graph_evict.py -k "oracle and oldest"`.
 """
 
+import itertools
 import os
 
 import graph_oracle
@@ -172,6 +173,26 @@ def test_rounds_suffice_where_no_merge_lowers_a_node(monkeypatch, policy, scores
                 assert bool(is_right)
                 assert int(num_rounds) <= 9
                 np.testing.assert_array_equal(guess.slot, [o[0] for o in outcomes])
+
+
+@pytest.mark.parametrize("cuts", [[0, 2], [0, 1, 2]])
+def test_uses_stop_at_the_largest_integer(cuts):
+    """A node used as often as can be counted stays, however the stream is split."""
+    unit, most = np.eye(3, dtype=np.float32), 2**31 - 1
+    graph, _ = insert(KnowledgeGraph.create(2, 3), unit[:2], weight=np.array([most, 1]))
+    ids = []
+    for start, end in itertools.pairwise(cuts):
+        graph, info = insert(graph, unit[[0, 2]][start:end], policy="least_used")
+        ids += info.node_id.tolist()
+    assert ids == [0, 1]
+    assert graph.hits.tolist() == [most, 1]
+
+
+def test_a_sum_of_weights_stops_there_too():
+    key = np.ones((4, 2), np.float32)
+    for weight, want in ((2**30, 2**31 - 1), (2**28, 2**30), (2**16 - 1, 2**18 - 4)):
+        graph, _ = insert(KnowledgeGraph.create(2, 2), key, weight=weight)
+        assert graph.hits.tolist() == [want, 0]
 
 
 def small(keys, **columns):

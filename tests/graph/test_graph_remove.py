@@ -177,12 +177,22 @@ WRONG = [
         lambda g: delete(g, kind=np.zeros((1, 2), int)),
         r"kind must be one value or a list.*\(1, 2\)",
     ),
-    (lambda g: delete(g, kind=0.5), "kind must be of integers, got dtype float32"),
-    (lambda g: delete(g, created_before=np.zeros(2)), r"created_before must be one value.*\(2,\)"),
+    (lambda g: delete(g, kind=0.5), "kind must be of integers, got dtype float64"),
+    (
+        lambda g: delete(g, created_before=np.zeros(2, int)),
+        r"created_before must be one value.*\(2,\)",
+    ),
     (lambda g: delete(g, is_node=np.ones(9, bool)), r"is_node must be bool of shape \(10,\)"),
     (lambda g: delete(g, is_node=np.ones(10)), "is_node must be bool.*got float32"),
+    (lambda g: delete(g, node_id=np.array([2**32])), "node_id must fit int32, got 4294967296"),
+    (lambda g: delete(g, created_before=2**31), "created_before must fit int32, got 2147483648"),
     (lambda g: expire(g, -1), "ttl must be at least 0, got -1"),
-    (lambda g: record_reads(g, np.ones(2)), "read must be hits or integers, got dtype float32"),
+    (lambda g: expire(g, np.int64(-5)), "ttl must be at least 0, got -5"),
+    (lambda g: expire(g, 3.9), "ttl must be of integers"),
+    (lambda g: expire(g, np.int64(3_000_000_000)), "ttl must fit int32, got 3000000000"),
+    (lambda g: expire(g, 1, now=2**31), "now must fit int32, got 2147483648"),
+    (lambda g: record_reads(g, np.array([2**32])), "read must fit int32, got 4294967296"),
+    (lambda g: record_reads(g, np.ones(2)), "read must be of integers, got dtype float64"),
     (lambda g: record_reads(g, np.arange(2), np.ones(3, bool)), r"is_valid must have shape \(2,\)"),
 ]
 
@@ -191,6 +201,14 @@ WRONG = [
 def test_wrong_calls(call, message):
     with pytest.raises(ValueError, match=message):
         call(KnowledgeGraph.create(10, 3))
+
+
+def test_an_empty_list_is_no_node():
+    graph, _ = insert(KnowledgeGraph.create(3, 3), np.eye(3, dtype=np.float32))
+    after, num_deleted = delete(graph, node_id=np.zeros(0))
+    assert int(num_deleted) == 0
+    assert_identical(after, graph)
+    assert_identical(record_reads(graph, np.zeros(0)), graph)
 
 
 def test_jit_vmap_and_donation():

@@ -1,12 +1,15 @@
 """Retrieval by graph: what it finds, what it falls back on, and where it ends."""
 
+import functools
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from graph_shapes import AWKWARD, NUM_NODES, by_hand, edges_of, random_graph
 
-from moe_jax.graph import incoming_edges, retrieve, search
+from moe_jax.graph import KnowledgeGraph, incoming_edges, insert, link, retrieve, search
 
 STATIC = ("k", "seeds", "sharpness", "damping", "iterations", "max_nodes", "hops")
 fast_retrieve = jax.jit(retrieve, static_argnames=STATIC)
@@ -38,6 +41,26 @@ def slow_retrieve(graph, query, k, seeds, mix):
     nodes = set(listed) | set(reached[received[reached] > 0].tolist())
     score = {n: mix * received[n] / most + (1 - mix) * cosine[n] for n in nodes}
     return dict(sorted(score.items(), key=lambda item: -item[1])[:k])
+
+
+def test_no_power_of_a_small_cosine_vanishes():
+    graph, _ = insert(KnowledgeGraph.create(3, 4), np.eye(4, dtype=np.float32)[:3])
+    graph, _ = link(graph, np.array([0]), np.array([2]), weight=1.0)
+    query = np.array([[0.2, 0.0, 0.0, 0.98]])
+    assert retrieve(graph, query, 3, sharpness=60.0).ids.tolist() == [[2, 0, 1]]
+
+
+def test_a_walk_of_the_whole_graph_takes_queries_in_blocks(monkeypatch):
+    graph = random_graph(np.random.default_rng(3))
+    queries = np.random.default_rng(4).normal(size=(5, graph.dim)).astype(np.float32)
+    find = functools.partial(retrieve, graph, queries, 4, max_nodes=None)
+    whole, module = find(), importlib.import_module("moe_jax.graph.retrieve")
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", 2 * graph.edge_target.size)
+    module._retrieve.clear_cache()
+    found = find()
+    module._retrieve.clear_cache()
+    for ours, theirs in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("max_nodes", [None, NUM_NODES - 1])

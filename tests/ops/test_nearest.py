@@ -254,6 +254,11 @@ def test_larger_k_takes_fewer_rows():
     assert not is_supported(2**22 + 1, 512, 25)
     assert is_supported(10**7, 512, 24)
     assert not is_supported(1000, 512, 49)
+    # Offsets into codes of 2 to 4 GiB would wrap.
+    assert is_supported(2**22, 512, 10)
+    assert not is_supported(2**22 + 1, 512, 10)
+    assert not is_supported(10**7, 256, 10)
+    assert is_supported(2**23 + 1, 512, 10)
     assert not is_supported(100, 512, 1)
     for k in range(1, 49):
         for num_queries in (1, 5000):
