@@ -18,7 +18,7 @@ from moe_jax.console import (
     run_table,
 )
 from moe_jax.monitoring import save_plots
-from moe_jax.training import read_metrics
+from moe_jax.training import DivergedError, read_metrics
 from moe_jax.training.run import (
     RunError,
     baselines,
@@ -113,7 +113,7 @@ def main() -> None:
             prog="moe-jax",
             description="Train mixtures of experts that remember, and ask what they remember.",
         )
-    except (RunError, CheckpointError, ValueError, FileNotFoundError) as error:
+    except (RunError, CheckpointError, DivergedError, ValueError, FileNotFoundError) as error:
         print(f"moe-jax: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

@@ -219,11 +219,12 @@ def _batch_reports(
     sure = said.masked(0.0)
     count = jnp.sum(is_valid, axis=(1, 2))
 
-    where = jnp.where(is_valid, position, length).reshape(num_experts, -1)
-    sum_at, count_at = jax.vmap(
-        lambda at, c: (jnp.zeros(length).at[at].add(c, mode="drop"),
-                       jnp.zeros(length).at[at].add(1.0, mode="drop"))
-    )(where, sure.reshape(num_experts, -1))  # fmt: skip
+    # A row for each sequence, which has a position once: scatters of floats that meet in one place
+    # add in no fixed order on GPUs.
+    where, rows = jnp.where(is_valid, position, length), jnp.zeros(length)
+    put = jax.vmap(jax.vmap(lambda at, c: rows.at[at].set(c, mode="drop")))
+    sum_at = jnp.sum(put(where, sure), axis=1)
+    count_at = jnp.sum(put(where, jnp.ones_like(sure)), axis=1)
     mean_at = jnp.where(count_at > 0, sum_at / jnp.maximum(count_at, 1.0), -1.0)
     everywhere = jnp.broadcast_to(_iota(length)[None], mean_at.shape)
     best = _best_positions(mean_at, everywhere, length, num_positions)

@@ -38,6 +38,18 @@ def test_only_the_first_save_sweeps_what_a_killed_process_left(tmp_path):
     assert complete_steps(tmp_path) == [3, 4]
 
 
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_step_without_its_commit_does_not_stand_in_the_way(tmp_path, is_open):
+    fill(Checkpoints(tmp_path), [2, 4, 6])
+    (tmp_path / "6" / "_CHECKPOINT_METADATA").write_text("")
+    checkpoints = Checkpoints(tmp_path)
+    if is_open:
+        assert checkpoints.restore(TREE)[0] == 4
+    fill(checkpoints, [6, 8])
+    assert complete_steps(tmp_path) == [4, 6, 8]
+    assert len(list(tmp_path.glob("incomplete-6-*"))) == 1
+
+
 def test_a_step_before_the_newest_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     fill(checkpoints, [3, 5])

@@ -219,6 +219,16 @@ COMBINATIONS = [
         {"memory_read": True, "memory_heads": 7},
         "memory_heads must divide output_dim=512, got 7",
     ),
+    (
+        MoEConfig,
+        {"gating_type": "dense", "top_k_experts": 32, "balance_bias_rate": 0.1},
+        "balance_bias_rate must be 0 when gating_type",
+    ),
+    (
+        MoEConfig,
+        {"librarian_contrastive_weight": 0.1, "report_scope": "none"},
+        "librarian_contrastive_weight must be 0 unless report_scope.*'none'",
+    ),
     (LanguageModelConfig, {"moe": MoEConfig()}, "moe.causal must be True.*got False"),
     (
         LanguageModelConfig,

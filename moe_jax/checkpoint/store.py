@@ -6,6 +6,7 @@ has none and is never read.
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ class Checkpoints:
             # Only who saves may sweep: a reader could meet a save of another process.
             for remains in self.directory.glob(_UNFINISHED):
                 shutil.rmtree(remains, ignore_errors=True)
+            self._set_aside_incomplete()
             self._is_swept = True
         args = ocp.args.Composite(
             tree=ocp.args.StandardSave(tree),
@@ -146,6 +148,14 @@ class Checkpoints:
             self.wait()
             self._manager.close()
             self._manager = None
+
+    def _set_aside_incomplete(self) -> None:
+        """Renames the steps that cannot be restored: Orbax would save nothing up to them again."""
+        complete = complete_steps(self.directory)
+        for step in self.directory.glob("[0-9]*"):
+            if step.name.isdecimal() and int(step.name) not in complete:
+                self.close()  # an open manager still counts it
+                step.rename(step.with_name(f"incomplete-{step.name}-{time.time_ns()}"))
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:

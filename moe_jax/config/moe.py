@@ -20,7 +20,8 @@ class MoEConfig(Config):
         hidden_dim: H, width inside an expert.
         output_dim: O, width of the experts' outputs, and of the graph's keys and values.
         num_experts: E.
-        top_k_experts: K, experts that each token is sent to.
+        top_k_experts: K, experts that each token is sent to. Their weights sum to one, so that a
+            single choice is trained by the routing losses alone.
         expert: kind of expert, a key of `moe_jax.experts.EXPERTS`.
         expert_heads: attention heads of the transformer experts.
         expert_specializations: a name for each expert, for plots and logs; empty or E long.
@@ -218,7 +219,19 @@ class MoEConfig(Config):
                     'lets one sequence displace another\'s tokens, got "batch"'
                 )
 
+        if self.balance_bias_rate > 0 and self.gating_type == "dense":
+            raise ValueError(
+                'balance_bias_rate must be 0 when gating_type="dense", which chooses every expert, '
+                f"got {self.balance_bias_rate}"
+            )
+
     def _check_memory(self) -> None:
+        if self.librarian_contrastive_weight > 0 and self.report_scope != "sequence":
+            raise ValueError(
+                'librarian_contrastive_weight must be 0 unless report_scope="sequence", whose '
+                f"reports it compares, got {self.librarian_contrastive_weight} and "
+                f"report_scope={self.report_scope!r}"
+            )
         for name in ("memory_top_k", "kg_link_top_k"):
             if getattr(self, name) >= self.max_kg_nodes:
                 raise ValueError(

@@ -170,7 +170,7 @@ def _seed_shares(score: Float[Array, "Q R"], sharpness: float) -> Float[Array, "
     """Shares in proportion to cosine ** sharpness; the best is 1, so that no power vanishes."""
     score = jnp.maximum(score, 0.0)
     best = jnp.maximum(jnp.max(score, axis=1, keepdims=True), _TINY)
-    return rounded((score / best) ** sharpness)
+    return rounded((score * (1.0 / best)) ** sharpness)
 
 
 def _best(

@@ -111,7 +111,9 @@ def make_plan(
         case "choice":
             slot = _by_choice(expert, takes_slot, num_experts)
         case "probability":
-            order = jnp.argsort(-jnp.where(is_valid, weight[..., 0], 0.0), axis=-1, stable=True)
+            order = jnp.argsort(
+                -jnp.where(is_valid, jnp.max(weight, -1), 0.0), axis=-1, stable=True
+            )
             back = jnp.argsort(order, axis=-1)[..., None]
             order = order[..., None]
             ranked = _by_choice(

@@ -105,6 +105,8 @@ class MoESystem(nn.Module):
         c = self.config
         if x.ndim != 3 or x.shape[-1] != c.input_dim:
             raise ValueError(f"x must have shape [B, S, input_dim={c.input_dim}], got {x.shape}")
+        if not x.size:
+            raise ValueError(f"x must hold at least one token, got shape {x.shape}")
         x = x.astype(c.compute_dtype)
         reads = None
         if c.memory_read:

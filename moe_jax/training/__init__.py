@@ -2,6 +2,7 @@
 
 from moe_jax.training.copies import matrix_copies as matrix_copies
 from moe_jax.training.copies import with_copies as with_copies
+from moe_jax.training.loop import DivergedError as DivergedError
 from moe_jax.training.loop import Evaluator as Evaluator
 from moe_jax.training.loop import TrainResult as TrainResult
 from moe_jax.training.loop import train as train

@@ -1,6 +1,7 @@
 """The training loop: batches in, metrics, evaluations and checkpoints out."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax._types import Variables
+from moe_jax._types import PRNGKey, Variables
 from moe_jax.checkpoint import Checkpoints, GraphCheckpoints
 from moe_jax.config import RunConfig
 from moe_jax.data import Batch, Corpus, held_out_batches, training_batches
@@ -17,8 +18,14 @@ from moe_jax.graph import KnowledgeGraph, health
 from moe_jax.lm import MoELanguageModel
 from moe_jax.training.copies import matrix_copies
 from moe_jax.training.metrics import JsonLines, as_record, health_record, summarise_eval
-from moe_jax.training.state import TrainState, create_graph, create_state, make_optimizer
-from moe_jax.training.step import EvalSums, make_eval_step, make_train_step
+from moe_jax.training.state import (
+    TrainState,
+    create_graph,
+    create_state,
+    make_optimizer,
+    on_one_device,
+)
+from moe_jax.training.step import EvalSums, Metrics, make_eval_step, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +73,11 @@ def train(
     Returns:
         The last state, graph and evaluation.
 
+    Raises:
+        DivergedError: a loss or gradient is not finite; checkpoints saved before stay.
+        ValueError: `directory` holds checkpoints and `resume` is False, or they are of another
+            model, seed or batch.
+
     Example:
         >>> from moe_jax.config import smallest_run
         >>> from moe_jax.data import load_corpus
@@ -76,11 +88,22 @@ def train(
     c = config.training
     model, optimizer = MoELanguageModel(config.model), make_optimizer(c)
     init_key, step_key = jax.random.split(jax.random.key(c.seed))
-    state = create_state(model, optimizer, init_key)
-    graph = create_graph(model)
+
+    def begin(key: PRNGKey) -> tuple[TrainState, KnowledgeGraph]:
+        return create_state(model, optimizer, key), create_graph(model)
+
     keeper = Keeper(config, directory)
-    if resume:
-        state, graph = keeper.restore(state, graph)
+    latest = keeper.latest()
+    if latest is None:
+        state, graph = begin(init_key)
+    elif resume:
+        # By shapes alone: new arrays beside the restored ones would take twice the memory.
+        state, graph = keeper.restore(*on_one_device(jax.eval_shape(begin, init_key)))
+    else:
+        raise ValueError(
+            f"directory {directory} holds checkpoints up to step {latest}: give another one, or "
+            "resume=True"
+        )
     first = int(state.step)
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -97,31 +120,56 @@ def train(
 
     began = last_logged = time.perf_counter()
     logged_step = first
-    for step in range(first + 1, c.steps + 1):
-        batch = jax.device_put(batches[step - 1])
-        state, graph, metrics = step_fn(state, graph, batch, step_key)
-        record: dict[str, Any] = {}
-        is_last = step == c.steps
-        if step % c.log_every == 0 or is_last:
-            record = {"step": step, **as_record(jax.device_get(metrics))}
-            now = time.perf_counter()
-            tokens = (step - logged_step) * c.batch_size * c.seq_len
-            record["tokens_per_second"] = tokens / (now - last_logged)
-            last_logged, logged_step = now, step
-        if is_last or (c.eval_every and step % c.eval_every == 0):
-            evaluation = last_evaluation() if is_last else evaluate(state.params, graph)
-            record = {"step": step, **record, **evaluation}
-            last_logged, logged_step = time.perf_counter(), step
-        if record and directory is not None:
-            lines.write(record)
-        if is_last or (c.save_every and step % c.save_every == 0):
-            keeper.save(state, graph)
-        if on_step is not None:
-            on_step(step, record)
-    keeper.close()
+    try:
+        for step in range(first + 1, c.steps + 1):
+            batch = jax.device_put(batches[step - 1])
+            state, graph, metrics = step_fn(state, graph, batch, step_key)
+            record: dict[str, Any] = {}
+            is_last = step == c.steps
+            is_saved = is_last or bool(c.save_every and step % c.save_every == 0)
+            is_logged = is_last or step % c.log_every == 0
+            if is_saved or is_logged:
+                _check_finite(step, metrics)
+            if is_logged:
+                record = {"step": step, **as_record(jax.device_get(metrics))}
+                now = time.perf_counter()
+                tokens = (step - logged_step) * c.batch_size * c.seq_len
+                record["tokens_per_second"] = tokens / (now - last_logged)
+                last_logged, logged_step = now, step
+            if is_last or (c.eval_every and step % c.eval_every == 0):
+                try:
+                    evaluation = last_evaluation() if is_last else evaluate(state.params, graph)
+                except BaseException:
+                    keeper.save(state, graph)  # what fails there must not cost the training
+                    raise
+                record = {"step": step, **record, **evaluation}
+                last_logged, logged_step = time.perf_counter(), step
+            if record and directory is not None:
+                lines.write(record)
+            if is_saved:
+                keeper.save(state, graph)
+            if on_step is not None:
+                on_step(step, record)
+    finally:
+        keeper.close()
     if not evaluation:
         evaluation = last_evaluation()
+        if directory is not None and not lines.has("eval_bits_per_byte", first):
+            lines.write({"step": first, **evaluation})
     return TrainResult(state, graph, evaluation, time.perf_counter() - began)
+
+
+class DivergedError(FloatingPointError):
+    """The training has lost its numbers; the message is one line."""
+
+
+def _check_finite(step: int, metrics: Metrics) -> None:
+    loss, norm = map(float, jax.device_get((metrics.loss, metrics.grad_norm)))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise DivergedError(
+            f"training diverged: at step {step} the loss is {loss} and the gradient's norm {norm}; "
+            "nothing of it was saved. A lower learning_rate may help, from an earlier checkpoint"
+        )
 
 
 class Evaluator:
@@ -213,16 +261,24 @@ class Keeper:
     def restore(
         self, state: TrainState, graph: KnowledgeGraph
     ) -> tuple[TrainState, KnowledgeGraph]:
-        """Returns the newest checkpoint's, or what it got if there is none."""
+        """Returns the newest checkpoint's, or what it got (shapes will do) if there is none."""
         if self._run is None or self._run.latest() is None:
             return state, graph
         _, tree, note = self._run.restore({"state": state.saved, "graph": graph})
         saved = RunConfig.from_dict(note["config"])
         if saved.model != self._config.model:
             raise ValueError("the checkpoint was saved with another config.model")
+        for name in ("seed", "batch_size", "seq_len"):  # what each step sees depends on them
+            now, then = (getattr(c.training, name) for c in (self._config, saved))
+            if now != then:
+                raise ValueError(f"the checkpoint was saved with {name}={then}, got {now}")
         copy = jax.jit(matrix_copies, static_argnums=1)
         copies = copy(tree["state"].params, self._config.model.moe.compute_dtype)
         return TrainState(*tree["state"], copies), tree["graph"]
+
+    def latest(self) -> int | None:
+        """The newest complete step of the run, or None."""
+        return None if self._run is None else self._run.latest()
 
     def close(self) -> None:
         """Waits until everything is on disk."""

@@ -100,6 +100,10 @@ class JsonLines:
         partial.write_text(text)
         partial.replace(path)
 
+    def has(self, name: str, step: int) -> bool:
+        """Whether a record of the step holds such a value."""
+        return any(r["step"] == step and name in r for r in read_metrics(self._path))
+
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; its values must be plain."""
         with self._path.open("a") as file:

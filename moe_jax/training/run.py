@@ -32,7 +32,7 @@ from moe_jax.interop.faiss import FaissIndex
 from moe_jax.lm import MoELanguageModel
 from moe_jax.system import search_reports
 from moe_jax.training.loop import TrainResult, train
-from moe_jax.training.state import create_graph, create_state, make_optimizer
+from moe_jax.training.state import create_graph, create_state, make_optimizer, on_one_device
 from moe_jax.training.stream_eval import token_memory_evaluation
 
 _CONFIG, _MANIFEST = "config.json", "data.json"
@@ -163,7 +163,7 @@ def start_run(
         raise RunError(f"{directory} is not empty: choose another folder, or resume the run in it")
     corpus = load_corpus(data)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / _CONFIG).write_text(config.to_json() + "\n")
+    _write_config(config, directory)
     save_manifest(corpus, directory / _MANIFEST)
     at_end = token_memory_evaluation(config, corpus)
     return train(config, corpus, directory=directory, on_step=on_step, at_end=at_end), corpus
@@ -180,7 +180,8 @@ def resume_run(
 
     Args:
         directory: of the run.
-        steps: another number of steps in all; None for the run's own.
+        steps: another number of steps in all, which the learning rate's schedule is stretched to;
+            None for the run's own.
         data: the same files and folders as at the start.
         on_step: see `moe_jax.training.train`.
 
@@ -192,14 +193,23 @@ def resume_run(
         CheckpointError: a checkpoint cannot be read.
     """
     config = read_config(directory)
-    if steps is not None and steps != config.training.steps:
-        config = config.replace(training=config.training.replace(steps=steps))
-        (directory / _CONFIG).write_text(config.to_json() + "\n")
     corpus = load_corpus(data)
     if manifest(corpus) != load_manifest(directory / _MANIFEST):
         raise RunError(f"the data is not what {directory} was started with")
+    if steps is not None and steps != config.training.steps:
+        done = Checkpoints(directory / "checkpoints").latest() or 0
+        if steps < done:
+            raise RunError(f"steps must be at least the {done} that are done, got {steps}")
+        config = config.replace(training=config.training.replace(steps=steps))
+        _write_config(config, directory)
     how = {"on_step": on_step, "at_end": token_memory_evaluation(config, corpus)}
     return train(config, corpus, directory=directory, resume=True, **how), corpus
+
+
+def _write_config(config: RunConfig, directory: Path) -> None:
+    part = directory / f"{_CONFIG}.part"
+    part.write_text(config.to_json() + "\n")
+    part.replace(directory / _CONFIG)
 
 
 def open_run(directory: Path) -> Run:
@@ -228,9 +238,7 @@ def open_run(directory: Path) -> Run:
         ),
         "graph": jax.eval_shape(lambda: create_graph(model)),
     }
-    on_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on_one), like)
-    step, tree, _ = Checkpoints(directory / "checkpoints").restore(like)
+    step, tree, _ = Checkpoints(directory / "checkpoints").restore(on_one_device(like))
     return Run(directory, config, step, model, tree["state"].params, tree["graph"], sources)
 
 

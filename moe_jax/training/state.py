@@ -1,7 +1,7 @@
 """The training state and the optimizer."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +127,12 @@ def create_graph(model: MoELanguageModel) -> KnowledgeGraph:
         64
     """
     return MoESystem(model.config.moe).create_graph()
+
+
+def on_one_device(shapes: Any) -> Any:
+    """The same tree of `jax.ShapeDtypeStruct`, to be restored on the first device."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
 
 
 def _is_decayed(params: Variables) -> Variables:

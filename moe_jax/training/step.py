@@ -115,13 +115,15 @@ def make_train_step(
         state: TrainState, graph: KnowledgeGraph, batch: Batch, key: PRNGKey
     ) -> tuple[TrainState, KnowledgeGraph, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        total = jnp.maximum(jnp.sum(batch.is_valid), 1)
-
+        totals = (
+            jnp.maximum(jnp.sum(batch.is_valid), 1),
+            jnp.maximum(jnp.sum(batch.is_input), 1),
+        )
         params = with_copies(state.params, state.copies)
 
         def differentiate(part: Batch, part_key: PRNGKey):
             grad_fn = jax.value_and_grad(_loss, argnums=1, has_aux=True)
-            (_, aux), grads = grad_fn(model, params, graph, part, part_key, config, total)
+            (_, aux), grads = grad_fn(model, params, graph, part, part_key, config, totals)
             return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params), aux
 
         def accumulate(carry, inputs):
@@ -146,7 +148,7 @@ def make_train_step(
             opt_state = write_before_update(graph, opt_state)
         updates, opt_state = optimizer.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        load = jnp.mean(stats.load, axis=0)
+        load = jnp.sum(stats.load, axis=0)
         params = _rebalanced(params, load, config.model.moe.balance_bias_rate)
         copies = matrix_copies(params, config.model.moe.compute_dtype)
         new_state = TrainState(state.step + 1, params, opt_state, copies)
@@ -154,13 +156,13 @@ def make_train_step(
             new_state,
             graph,
             Metrics(
-                loss=jnp.sum(nats) / total,
-                auxiliary_loss=jnp.mean(auxiliary),
-                confidence_loss=jnp.mean(confidence),
+                loss=jnp.sum(nats) / totals[0],
+                auxiliary_loss=jnp.sum(auxiliary),
+                confidence_loss=jnp.sum(confidence),
                 grad_norm=optax.tree.norm(grads),
                 load=load,
                 max_over_mean=jnp.max(load, axis=-1) * load.shape[-1],
-                dropped_fraction=jnp.mean(stats.dropped_fraction, axis=0),
+                dropped_fraction=jnp.sum(stats.dropped_fraction, axis=0),
                 nodes_created=written[0],
                 nodes_merged=written[1],
                 proposals_rejected=written[2],
@@ -217,9 +219,13 @@ def _loss(
     batch: Batch,
     key: PRNGKey,
     config: RunConfig,
-    total: Int[Array, ""],
+    totals: tuple[Int[Array, ""], Int[Array, ""]],
 ):
-    """Loss of one micro-batch such that the micro-batches' gradients add up to the batch's."""
+    """Loss of one micro-batch, by its share of the batch's valid targets and inputs (`totals`).
+
+    So the micro-batches' losses, statistics and gradients add up to the batch's, but for what is
+    not linear in tokens, the balance loss.
+    """
     dropout, router = jax.random.split(key)
     out = model.apply(
         {"params": params},
@@ -231,10 +237,14 @@ def _loss(
         rngs={"dropout": dropout, "router": router},
     )
     nats = cross_entropy(out, batch)
-    confidence = confidence_loss(out.moe.confidence, nats, batch.is_valid)
-    extra = out.auxiliary_loss + config.training.confidence_weight * confidence
-    loss = jnp.sum(nats) / total + extra / config.training.accumulate
-    report = (jnp.sum(nats), out.auxiliary_loss, confidence, out.stats)
+    of_targets = jnp.sum(batch.is_valid) / totals[0]
+    of_inputs = jnp.sum(batch.is_input) / totals[1]
+    confidence = of_targets * confidence_loss(out.moe.confidence, nats, batch.is_valid)
+    auxiliary = of_inputs * out.auxiliary_loss
+    extra = auxiliary + config.training.confidence_weight * confidence
+    loss = jnp.sum(nats) / totals[0] + extra
+    stats = jax.tree.map(lambda x: of_inputs * x, out.stats)
+    report = (jnp.sum(nats), auxiliary, confidence, stats)
     return loss, (report, out.moe.proposals, out.moe.reads)
 
 

@@ -94,6 +94,15 @@ def test_probable_tokens_come_before_others(plan_of, case):
                 assert kept.min() >= dropped.max()
 
 
+def test_a_token_is_as_probable_as_its_best_choice():
+    """A balance bias may put the lighter choice first."""
+    best = jnp.linspace(0.5, 1.0, 16)[None, :, None]
+    expert = jnp.broadcast_to(jnp.array([0, 1]), (1, 16, 2))
+    choices = Choices(expert, jnp.concatenate([1.0 - best, best], axis=-1))
+    plan = make_plan(choices, num_experts=2, capacity=8, priority="probability")
+    np.testing.assert_array_equal(plan.is_kept[0, :, 0], np.arange(16) >= 8)
+
+
 def test_no_mask_means_no_padding():
     choices = topk(jax.random.normal(jax.random.key(0), (2, 6, E)), K)
     options = {"num_experts": E, "capacity": 2}

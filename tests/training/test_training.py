@@ -18,6 +18,7 @@ from moe_jax.experts import ExpertBank, MLPExpert
 from moe_jax.graph import KnowledgeGraph, insert
 from moe_jax.lm import MoELanguageModel
 from moe_jax.training import (
+    DivergedError,
     create_graph,
     create_state,
     make_eval_step,
@@ -103,6 +104,24 @@ def test_accumulated_gradients_equal_the_whole_batch(corpus):
     # Auxiliary losses are averaged over micro-batches, so only the main gradient is equal.
     np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=2e-2)
     assert jax.tree.structure(one) == jax.tree.structure(two)
+
+
+def test_micro_batches_count_by_their_tokens(corpus):
+    """The second half is padding but for a few tokens."""
+    results = []
+    for parts in (1, 2):
+        config = with_training(ONE_LAYER, accumulate=parts)
+        moe = config.model.moe.replace(load_balance_weight=0.0, capacity_factor=4.0)
+        config = config.replace(model=config.model.replace(moe=moe))
+        model, state, step, batches = setup(config, corpus)
+        keep = np.ones(batches[0].is_valid.shape, bool)
+        keep[2:, 3:] = False
+        batch = batches[0]._replace(is_valid=batches[0].is_valid & keep)
+        results.append(step(state, create_graph(model), batch, jax.random.key(1))[2])
+    whole, split = results
+    for name in ("loss", "confidence_loss", "auxiliary_loss", "grad_norm", "load"):
+        np.testing.assert_allclose(getattr(whole, name), getattr(split, name), rtol=2e-5)
+    np.testing.assert_allclose(split.load.sum(-1), 1.0, rtol=1e-5)
 
 
 def test_writes_are_due_every_so_many_steps_from_a_given_share_on(corpus):
@@ -214,6 +233,49 @@ def test_resume_repeats_the_unbroken_run_number_for_number(corpus, tmp_path):
     ]
     assert curves[0] == curves[1]
     assert [r["step"] for r in curves[0]] == [2, 4, 6]
+
+
+def test_a_run_that_diverges_stops_before_it_saves_that(corpus, tmp_path):
+    config = with_training(ONE_LAYER, learning_rate=1e30, steps=12, save_every=1, log_every=5)
+    with pytest.raises(DivergedError, match=r"at step \d+ the loss is"):
+        train(config, corpus, directory=tmp_path)
+    model, optimizer = MoELanguageModel(config.model), make_optimizer(config.training)
+    like = {"state": create_state(model, optimizer, jax.random.key(0)).saved}
+    like["graph"] = create_graph(model)
+    step, tree, _ = Checkpoints(tmp_path / "checkpoints").restore(like)
+    assert step < 11
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree["state"].params))
+
+
+def test_what_fails_after_a_step_costs_no_training(corpus, tmp_path):
+    config = with_training(ONE_LAYER, save_every=0, eval_bytes=64)
+
+    def fail(state, graph):
+        raise MemoryError("no room to evaluate")
+
+    with pytest.raises(MemoryError):
+        train(config, corpus, directory=tmp_path, at_end=fail)
+    assert complete_steps(tmp_path / "checkpoints") == [6]
+    with pytest.raises(ValueError, match="holds checkpoints up to step 6"):
+        train(config, corpus, directory=tmp_path)
+    for _ in range(2):
+        train(config, corpus, directory=tmp_path, resume=True)
+    last = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "eval_bits_per_byte" in r]
+    assert [r["step"] for r in last] == [6]
+    for name, value in (("seed", 1), ("batch_size", 2)):
+        other = with_training(config, **{name: value})
+        with pytest.raises(ValueError, match=f"saved with {name}="):
+            train(other, corpus, directory=tmp_path, resume=True)
+
+
+def test_an_error_between_steps_leaves_the_save_in_flight_whole(corpus, tmp_path):
+    def fail(step, record):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(ONE_LAYER, corpus, directory=tmp_path, on_step=fail)
+    assert complete_steps(tmp_path / "checkpoints") == [2, 4]
 
 
 def test_another_model_cannot_be_resumed(corpus, tmp_path):

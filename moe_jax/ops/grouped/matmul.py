@@ -128,7 +128,7 @@ def _linear(
     activation: str | None,
 ) -> Float[Array, "R _"]:
     if implementation == "mosaic":
-        if _hopper.fuses(activation, bias, residual):
+        if _hopper.fuses(activation, bias, residual, w.shape[2]):
             how = {"bias": bias, "activation": activation, "residual": residual}
             return _hopper.rows_by_matrices(x, w, groups, **how)
         out = _hopper.rows_by_matrices(x, w, groups, bias=bias)
