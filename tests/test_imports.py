@@ -11,7 +11,7 @@ import moe_jax
 
 ROOT = Path(moe_jax.__file__).parent
 LEVELS = [
-    {"_matrices", "_types", "config"},
+    {"_files", "_matrices", "_types", "config"},
     {"ops", "routing", "graph", "quantization"},
     {"experts", "reports", "supervisor", "constellation", "librarian", "memory", "gnn"},
     {"system", "lm"},

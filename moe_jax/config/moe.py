@@ -218,7 +218,6 @@ class MoEConfig(Config):
                     'routing_group must be "sequence" when causal=True, since a shared capacity '
                     'lets one sequence displace another\'s tokens, got "batch"'
                 )
-
         if self.balance_bias_rate > 0 and self.gating_type == "dense":
             raise ValueError(
                 'balance_bias_rate must be 0 when gating_type="dense", which chooses every expert, '

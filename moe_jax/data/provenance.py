@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
+from moe_jax._files import replace_text
 from moe_jax.data.text import Corpus, file_digest
 
 __all__ = [
@@ -89,10 +90,7 @@ def save_manifest(corpus: Corpus, path: str | os.PathLike[str]) -> None:
       ...     load_manifest(f"{folder}/corpus.json") == manifest(corpus)
       True
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(manifest(corpus), indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    replace_text(Path(path), json.dumps(manifest(corpus), indent=1) + "\n")
 
 
 def load_manifest(path: str | os.PathLike[str]) -> Manifest:

@@ -69,13 +69,14 @@ def delete(
         "below_confidence": below_confidence,
     }
     filters = lists | bounds | {"is_node": is_node}
-    others = {"below_confidence": jnp.float32, "is_node": None}
-
-    def as_array(name: str, x: ArrayLike) -> Array:
-        dtype = others.get(name, jnp.int32)
-        return jnp.asarray(x) if dtype is None else array(name, x, dtype)
-
-    given = {name: as_array(name, x) for name, x in filters.items() if x is not None}
+    floats = {"below_confidence": jnp.float32}
+    given = {
+        name: array(name, x, floats.get(name, jnp.int32))
+        for name, x in (lists | bounds).items()
+        if x is not None
+    }
+    if is_node is not None:
+        given["is_node"] = jnp.asarray(is_node)
     if not given:
         raise ValueError(f"one of {', '.join(filters)} must be given")
     for name, x in given.items():

@@ -93,8 +93,8 @@ def search_cells(
     wanted, fields = given_filters(graph, queries.shape[0], given)
     is_fusible = first_pass == "codes" and can_fuse(graph.num_nodes, cells.num_cells, graph.dim, k)
     is_fusible &= all(value.ndim == 0 for value in wanted.values())
-    if implementation is None or not queries.shape[0]:
-        implementation = "pallas" if is_fusible and runs_triton() and queries.shape[0] else "xla"
+    if implementation is None:
+        implementation = "pallas" if is_fusible and runs_triton() else "xla"
     check_choice("implementation", implementation, ("pallas", "xla"))
     if implementation == "pallas" and not is_fusible:
         raise ValueError(

@@ -103,8 +103,6 @@ def nearest(
     among = _Among(keys, jnp.atleast_2d(is_candidate), k, floor, precision)
 
     def by_code(interpret: bool) -> Hits:
-        if not queries.shape[0]:
-            return _by_matmul(unit, is_query, among)
         find = functools.partial(_by_code, among=among, code=code, interpret=interpret)
         most = max(1, SCORES_AT_ONCE // _coded_gpu.num_bounds(num_keys))
         return in_blocks(find, (queries, unit, is_query), most)

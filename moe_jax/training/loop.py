@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax._types import PRNGKey, Variables
+from moe_jax._types import Variables
 from moe_jax.checkpoint import Checkpoints, GraphCheckpoints
 from moe_jax.config import RunConfig
 from moe_jax.data import Batch, Corpus, held_out_batches, training_batches
@@ -23,7 +23,7 @@ from moe_jax.training.state import (
     create_graph,
     create_state,
     make_optimizer,
-    on_one_device,
+    run_shapes,
 )
 from moe_jax.training.step import EvalSums, Metrics, make_eval_step, make_train_step
 
@@ -88,17 +88,13 @@ def train(
     c = config.training
     model, optimizer = MoELanguageModel(config.model), make_optimizer(c)
     init_key, step_key = jax.random.split(jax.random.key(c.seed))
-
-    def begin(key: PRNGKey) -> tuple[TrainState, KnowledgeGraph]:
-        return create_state(model, optimizer, key), create_graph(model)
-
     keeper = Keeper(config, directory)
     latest = keeper.latest()
     if latest is None:
-        state, graph = begin(init_key)
+        state, graph = create_state(model, optimizer, init_key), create_graph(model)
     elif resume:
         # By shapes alone: new arrays beside the restored ones would take twice the memory.
-        state, graph = keeper.restore(*on_one_device(jax.eval_shape(begin, init_key)))
+        state, graph = keeper.restore(*run_shapes(model, optimizer))
     else:
         raise ValueError(
             f"directory {directory} holds checkpoints up to step {latest}: give another one, or "
@@ -129,9 +125,10 @@ def train(
             is_saved = is_last or bool(c.save_every and step % c.save_every == 0)
             is_logged = is_last or step % c.log_every == 0
             if is_saved or is_logged:
+                metrics = jax.device_get(metrics)
                 _check_finite(step, metrics)
             if is_logged:
-                record = {"step": step, **as_record(jax.device_get(metrics))}
+                record = {"step": step, **as_record(metrics)}
                 now = time.perf_counter()
                 tokens = (step - logged_step) * c.batch_size * c.seq_len
                 record["tokens_per_second"] = tokens / (now - last_logged)
@@ -164,7 +161,7 @@ class DivergedError(FloatingPointError):
 
 
 def _check_finite(step: int, metrics: Metrics) -> None:
-    loss, norm = map(float, jax.device_get((metrics.loss, metrics.grad_norm)))
+    loss, norm = float(metrics.loss), float(metrics.grad_norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise DivergedError(
             f"training diverged: at step {step} the loss is {loss} and the gradient's norm {norm}; "
@@ -261,9 +258,7 @@ class Keeper:
     def restore(
         self, state: TrainState, graph: KnowledgeGraph
     ) -> tuple[TrainState, KnowledgeGraph]:
-        """Returns the newest checkpoint's, or what it got (shapes will do) if there is none."""
-        if self._run is None or self._run.latest() is None:
-            return state, graph
+        """Returns the newest checkpoint's, like what it got, of which shapes will do."""
         _, tree, note = self._run.restore({"state": state.saved, "graph": graph})
         saved = RunConfig.from_dict(note["config"])
         if saved.model != self._config.model:

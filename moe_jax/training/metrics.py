@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax._files import replace_text
 from moe_jax.graph import GraphHealth
 from moe_jax.training.step import EvalSums, Metrics
 
@@ -95,10 +96,7 @@ class JsonLines:
     def __init__(self, path: Path, *, last_step: int = 0) -> None:
         self._path = path
         kept = [r for r in read_metrics(path) if r["step"] <= last_step] if path.exists() else []
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        partial = path.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(path)
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def has(self, name: str, step: int) -> bool:
         """Whether a record of the step holds such a value."""

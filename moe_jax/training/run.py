@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax._files import replace_text
 from moe_jax._types import Variables
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import RunConfig
@@ -32,7 +33,7 @@ from moe_jax.interop.faiss import FaissIndex
 from moe_jax.lm import MoELanguageModel
 from moe_jax.system import search_reports
 from moe_jax.training.loop import TrainResult, train
-from moe_jax.training.state import create_graph, create_state, make_optimizer, on_one_device
+from moe_jax.training.state import make_optimizer, run_shapes
 from moe_jax.training.stream_eval import token_memory_evaluation
 
 _CONFIG, _MANIFEST = "config.json", "data.json"
@@ -163,7 +164,7 @@ def start_run(
         raise RunError(f"{directory} is not empty: choose another folder, or resume the run in it")
     corpus = load_corpus(data)
     directory.mkdir(parents=True, exist_ok=True)
-    _write_config(config, directory)
+    replace_text(directory / _CONFIG, config.to_json() + "\n")
     save_manifest(corpus, directory / _MANIFEST)
     at_end = token_memory_evaluation(config, corpus)
     return train(config, corpus, directory=directory, on_step=on_step, at_end=at_end), corpus
@@ -201,15 +202,9 @@ def resume_run(
         if steps < done:
             raise RunError(f"steps must be at least the {done} that are done, got {steps}")
         config = config.replace(training=config.training.replace(steps=steps))
-        _write_config(config, directory)
+        replace_text(directory / _CONFIG, config.to_json() + "\n")
     how = {"on_step": on_step, "at_end": token_memory_evaluation(config, corpus)}
     return train(config, corpus, directory=directory, resume=True, **how), corpus
-
-
-def _write_config(config: RunConfig, directory: Path) -> None:
-    part = directory / f"{_CONFIG}.part"
-    part.write_text(config.to_json() + "\n")
-    part.replace(directory / _CONFIG)
 
 
 def open_run(directory: Path) -> Run:
@@ -232,13 +227,9 @@ def open_run(directory: Path) -> Run:
         raise RunError(f"{directory / _MANIFEST} cannot be read: {error}") from error
     model = MoELanguageModel(config.model)
     optimizer = make_optimizer(config.training)
-    like = {
-        "state": jax.eval_shape(
-            lambda key: create_state(model, optimizer, key).saved, jax.random.key(0)
-        ),
-        "graph": jax.eval_shape(lambda: create_graph(model)),
-    }
-    step, tree, _ = Checkpoints(directory / "checkpoints").restore(on_one_device(like))
+    state, graph = run_shapes(model, optimizer)
+    like = {"state": state.saved, "graph": graph}
+    step, tree, _ = Checkpoints(directory / "checkpoints").restore(like)
     return Run(directory, config, step, model, tree["state"].params, tree["graph"], sources)
 
 

@@ -1,7 +1,7 @@
 """The training state and the optimizer."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,10 +129,19 @@ def create_graph(model: MoELanguageModel) -> KnowledgeGraph:
     return MoESystem(model.config.moe).create_graph()
 
 
-def on_one_device(shapes: Any) -> Any:
-    """The same tree of `jax.ShapeDtypeStruct`, to be restored on the first device."""
+def run_shapes(
+    model: MoELanguageModel, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, KnowledgeGraph]:
+    """A run's state and graph by shapes alone, to be restored on the first device."""
+
+    def begin(key: PRNGKey) -> tuple[TrainState, KnowledgeGraph]:
+        return create_state(model, optimizer, key), create_graph(model)
+
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+        jax.eval_shape(begin, jax.random.key(0)),
+    )
 
 
 def _is_decayed(params: Variables) -> Variables:
