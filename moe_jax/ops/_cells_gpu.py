@@ -15,16 +15,15 @@ from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops._hardware import triton as plgpu
 from moe_jax.ops._kernel_parts import (
     Found,
-    chunk_of,
     code_of,
     direction,
     fits_offsets,
     found_shapes,
     largest,
     largest_chunks,
+    largest_within,
     launch,
     load_queries,
-    row_of,
     score_and_store,
     step_of,
     takes_width,
@@ -234,15 +233,11 @@ def _select_kernel(
     bound_ref, score_ref, row_ref, query_ref, key_ref, ids_ref, scores_ref, is_found_ref,
     *, num_picked, rows_per_chunk,
 ):  # fmt: skip
-    query, num_chunks = pl.program_id(0), bound_ref.shape[1]
-    num_rows = key_ref.shape[0]
+    query, num_rows = pl.program_id(0), key_ref.shape[0]
     chunks, _ = largest_chunks(bound_ref, query, num_picked)
-    position = jax.lax.iota(jnp.int32, num_picked * rows_per_chunk)
-    own = chunk_of(position, 0, chunks, rows_per_chunk)
-    at = own * rows_per_chunk + position % rows_per_chunk
-    score = plgpu.load(score_ref.at[query, at], mask=own < num_chunks, other=-jnp.inf)
-    picked, _ = largest(score, num_picked)
-    at, is_there = row_of(picked, chunks, rows_per_chunk), picked < position.shape[0]
+    at, _ = largest_within(score_ref, query, chunks, rows_per_chunk, num_picked)
+    is_there = at < score_ref.shape[1]
+    at = jnp.where(is_there, at, 0)
     ids = plgpu.load(row_ref.at[query, at], mask=is_there, other=num_rows)
     towards = direction(load_queries(query_ref, query, 1))
     out = Found(ids_ref, scores_ref, is_found_ref, None)

@@ -2,10 +2,11 @@
 
 The first multiplies queries by codes and keeps only an upper bound of the cosine for every chunk of
 rows, so that queries x rows never exists; it is limited by reading the codes, or by the integer
-matrix units. The second takes the most promising chunks of a query, scores their rows by code,
-picks the most promising rows, scores those in full and sorts them. No row outside the pick has a
-larger cosine than the bound returned. A small kernel before them normalises and codes the queries
-at once: for few queries every launch counts.
+matrix units. The second takes the most promising chunks of a query, by way of the most promising
+sections of many chunks where there are too many for one program, scores their rows by code, picks
+the most promising rows, scores those in full and sorts them. No row outside the pick has a larger
+cosine than the bound returned. A small kernel before them normalises and codes the queries at
+once: for few queries every launch counts.
 """
 
 import functools
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops._coded_kernels import TILE, chunk_bounds_kernel, encode_kernel, select_kernel
+from moe_jax.ops._coded_kernels import CHUNK, TILE, chunk_bounds_kernel, encode_kernel, select_kernel
 from moe_jax.ops._kernel_parts import (
     Found,
     fits_offsets,
@@ -26,40 +27,26 @@ from moe_jax.ops._kernel_parts import (
 )
 from moe_jax.ops.code import Code
 
-__all__ = [
-    "LARGE_K",
-    "MANY_ROWS",
-    "MAX_K",
-    "find",
-    "is_supported",
-    "num_bounds",
-    "num_to_pick",
-    "pick",
-]
+__all__ = ["MAX_K", "find", "is_supported", "num_bounds", "num_to_pick", "pick"]
 
 MAX_K = 48
 """The largest k that these kernels are meant for."""
 
-LARGE_K = 25
-"""From this k on, they take at most `MANY_ROWS` rows."""
-
-MANY_ROWS = 2**22
-
 _MANY = 1024  # queries that fill a GPU with programs of four warps
 _FEW_ROWS = 2**18
-# What leaves room in the registers of a program: bounds of chunks, in the quick search and in the
-# certain one, and of rows, in eight warps and in four.
-_QUICK_CHUNKS, _CERTAIN_CHUNKS = 8192, 16384
-_ROWS, _ROWS_IN_FOUR_WARPS = 8192, 4096
+# What leaves room in the registers of a program: bounds among which it picks sections, and chunks.
+_SECTIONS = 8192
+_CHUNKS = 16384
 
 
 def is_supported(num_rows: int, dim: int, k: int) -> bool:
     """Whether the kernels can take such sizes: at least a tile of rows, and a width in whole steps.
 
-    The bounds of all rows in the picked chunks have to fit a program's registers.
+    The bounds of all chunks in the picked sections have to fit a program's registers.
     """
-    has_room = k < LARGE_K or (k <= MAX_K and num_rows <= MANY_ROWS)
-    return has_room and num_rows >= TILE and takes_width(dim) and fits_offsets(num_rows, dim)
+    if k > MAX_K or num_rows < TILE or not takes_width(dim) or not fits_offsets(num_rows, dim):
+        return False
+    return _has_room(num_to_pick(k, 1, num_rows), num_rows)
 
 
 def num_to_pick(k: int, num_queries: int, num_rows: int, *, is_certain: bool = False) -> int:
@@ -73,13 +60,17 @@ def num_to_pick(k: int, num_queries: int, num_rows: int, *, is_certain: bool = F
             best. Of 100,000 random rows of 512 numbers, 36 lie within the bounds' error of the
             tenth, and more than 64 for a few queries in a hundred.
     """
-    if is_certain and k > 1 and num_rows <= MANY_ROWS:
-        has_room = 128 * _rows_per_chunk(num_rows, _CERTAIN_CHUNKS) <= _ROWS
+    if is_certain and k > 1:
         # Many queries of few rows: looking again at those left open is the quicker way.
-        return 128 if has_room and (num_queries < _MANY or num_rows >= _FEW_ROWS) else 64
+        is_worth_it = num_queries < _MANY or num_rows >= _FEW_ROWS
+        return 128 if is_worth_it and _has_room(128, num_rows) else 64
     if k <= 11:
         return 16 if k == 1 or num_queries >= _MANY else 32
-    return 32 if k < LARGE_K else 64
+    return 32 if k < 25 else 64
+
+
+def _has_room(num_picked: int, num_rows: int) -> bool:
+    return num_picked * _chunks_per_section(num_rows) <= _CHUNKS
 
 
 def pick(
@@ -109,8 +100,8 @@ def pick(
     )
     # In two parts a bound is higher than it need be, which does not matter where it has room.
     parts = 2 if num_picked >= 128 else 1
-    how = {"num_picked": num_picked, "parts": parts, "max_chunks": _CERTAIN_CHUNKS}
-    return _select(queries, (), table, is_candidate, outputs, interpret=interpret, **how)
+    how = {"num_picked": num_picked, "parts": parts, "interpret": interpret}
+    return _select(queries, (), table, is_candidate, outputs, **how)
 
 
 def find(
@@ -139,9 +130,9 @@ def find(
     """
     # Even if all of the best lie in one part, it has room for them.
     parts = 2 if num_picked >= 3 * k else 1
-    how = {"num_picked": num_picked, "parts": parts, "max_chunks": _QUICK_CHUNKS}
+    how = {"num_picked": num_picked, "parts": parts, "interpret": interpret}
     outputs = found_shapes(queries.shape[0], k)
-    return _select(queries, (keys,), table, is_candidate, outputs, interpret=interpret, **how)
+    return _select(queries, (keys,), table, is_candidate, outputs, **how)
 
 
 def _select(
@@ -153,23 +144,22 @@ def _select(
     *,
     num_picked: int,
     parts: int,
-    max_chunks: int,
     interpret: bool,
 ) -> Any:
     num_queries, num_rows = queries.shape[0], table.code.shape[0]
-    rows_per_chunk = _rows_per_chunk(num_rows, max_chunks)
+    per_section = _chunks_per_section(num_rows)
     coded = _encode(queries, interpret=interpret)
-    per_tile = TILE // min(rows_per_chunk, TILE)
-    bounds = _chunk_bounds(*coded, table, is_candidate, per_tile, interpret=interpret)
-    joined = max(1, rows_per_chunk // TILE)
-    if joined > 1:
-        pad = -bounds.shape[1] % joined
-        bounds = jnp.pad(bounds, ((0, 0), (0, pad)), constant_values=-jnp.inf)
-        bounds = jnp.max(bounds.reshape(bounds.shape[0], -1, joined), axis=2)
-    how = {"num_picked": num_picked, "rows_per_chunk": rows_per_chunk, "parts": parts}
-    is_small = num_picked <= 32 or num_picked * rows_per_chunk <= _ROWS_IN_FOUR_WARPS
-    is_small = is_small and bounds.shape[1] <= _QUICK_CHUNKS
-    inputs = (bounds, queries, table.code, table.scale, table.error, is_candidate, *keys)
+    bounds = _chunk_bounds(*coded, table, is_candidate, with_tiles=per_section > 1,
+                           interpret=interpret)  # fmt: skip
+    chunks, sections = bounds[0], bounds[-1]
+    tiles = per_section * CHUNK // TILE
+    if tiles > 1:
+        pad = -sections.shape[1] % tiles
+        sections = jnp.pad(sections, ((0, 0), (0, pad)), constant_values=-jnp.inf)
+        sections = jnp.max(sections.reshape(sections.shape[0], -1, tiles), axis=2)
+    how = {"num_picked": num_picked, "per_section": per_section, "parts": parts}
+    is_small = num_picked * per_section <= _CHUNKS // 2
+    inputs = (sections, chunks, queries, table.code, table.scale, table.error, is_candidate, *keys)
     return launch(
         functools.partial(select_kernel, **how), (num_queries,), inputs, outputs,
         num_warps=4 if num_queries >= _MANY and is_small else 8, num_stages=2, interpret=interpret,
@@ -177,15 +167,17 @@ def _select(
 
 
 def num_bounds(num_rows: int) -> int:
-    """How many numbers each query takes on the device, at most."""
-    per_tile = TILE // min(_rows_per_chunk(num_rows, _CERTAIN_CHUNKS), TILE)
-    return -(-num_rows // TILE) * per_tile
+    """How many numbers each query takes on the device, but for some of its sections."""
+    return -(-num_rows // TILE) * (TILE // CHUNK)
 
 
-def _rows_per_chunk(num_rows: int, max_chunks: int) -> int:
-    """The least power of two, from 16, that keeps the number of chunks small."""
-    size = 16
-    while -(-num_rows // TILE) * TILE > size * max_chunks:
+def _chunks_per_section(num_rows: int) -> int:
+    """1, or a tile's or the least power of two above that keeps the number of sections small."""
+    num_chunks = num_bounds(num_rows)
+    if num_chunks <= _SECTIONS:
+        return 1
+    size = TILE // CHUNK
+    while num_chunks > size * _SECTIONS:
         size *= 2
     return size
 
@@ -214,18 +206,19 @@ def _chunk_bounds(
     scale: Float[Array, "P"],
     table: Code,
     is_candidate: Bool[Array, "N"],
-    per_tile: int,
     *,
+    with_tiles: bool,
     interpret: bool,
-) -> Float[Array, "P C"]:
-    """An upper bound on the cosine, but for the query's own error, over each chunk of rows."""
+) -> tuple[Float[Array, "P C"], ...]:
+    """Upper bounds on the cosine, but for the query's own error, over each chunk, and each tile."""
     num_queries, dim = code.shape
     num_rows = table.code.shape[0]
     block = _query_block(num_queries)
     tiles = -(-num_rows // TILE)
     step = step_of(dim, 256 if block < 128 else 128)
-    kernel = functools.partial(chunk_bounds_kernel, block=block, step=step, per_tile=per_tile)
-    bounds = jax.ShapeDtypeStruct((num_queries, tiles * per_tile), jnp.float32)
+    kernel = functools.partial(chunk_bounds_kernel, block=block, step=step)
+    sizes = (num_bounds(num_rows), tiles) if with_tiles else (num_bounds(num_rows),)
+    bounds = tuple(jax.ShapeDtypeStruct((num_queries, size), jnp.float32) for size in sizes)
     return launch(
         kernel, (tiles, num_queries // block), (code, scale, *table, is_candidate), bounds,
         num_warps=4 if block < 128 else 8, interpret=interpret,

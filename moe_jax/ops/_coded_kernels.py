@@ -13,6 +13,7 @@ from moe_jax.ops._kernel_parts import (
     direction,
     largest,
     largest_chunks,
+    largest_within,
     load_queries,
     row_of,
     score_and_store,
@@ -20,10 +21,13 @@ from moe_jax.ops._kernel_parts import (
     unit_of,
 )
 
-__all__ = ["TILE", "chunk_bounds_kernel", "encode_kernel", "select_kernel"]
+__all__ = ["CHUNK", "TILE", "chunk_bounds_kernel", "encode_kernel", "select_kernel"]
 
 TILE = 128
 """Rows of codes that one program multiplies."""
+
+CHUNK = 16
+"""Rows that share a bound, by which they are picked."""
 
 _GROUP = 512  # rows that a query's program scores at a time, _STEP coordinates in one go
 _STEP = 128
@@ -43,9 +47,12 @@ def encode_kernel(query_ref, code_ref, scale_ref):
 
 def chunk_bounds_kernel(
     code_ref, scale_ref, rows_ref, rows_scale_ref, rows_error_ref, counts_ref, out_ref,
-    *, block, step, per_tile,
+    *tile_refs, block, step,
 ):  # fmt: skip
-    """Bounds on the cosines of a block of queries over each chunk of a tile of rows."""
+    """Bounds on the cosines of a block of queries over each chunk of a tile of rows, and over it.
+
+    `tile_refs` is that of the tiles' bounds, or none.
+    """
     num_rows, dim = rows_ref.shape
     tile, first_query = pl.program_id(0), pl.program_id(1) * block
     start = jnp.minimum(tile * TILE, num_rows - TILE)
@@ -67,41 +74,44 @@ def chunk_bounds_kernel(
     out_of_play = jnp.where(counts, 0.0, -jnp.inf)
     scale = rows_scale_ref[pl.ds(start, TILE)]
     bound = total.astype(jnp.float32) * scale[None, :] + out_of_play[None, :]
-    # In two steps, since a reduction across a whole tile row takes Triton twice as long.
-    fine = max(per_tile, TILE // 32)
-    best = jnp.max(bound.reshape(block, fine, TILE // fine), axis=2)
-    if fine > per_tile:
-        best = jnp.max(best.reshape(block, per_tile, fine // per_tile), axis=2)
-    error = jnp.max(error.reshape(per_tile, TILE // per_tile), axis=1)
+    per_tile = TILE // CHUNK
+    best = jnp.max(bound.reshape(block, per_tile, CHUNK), axis=2)
+    error = jnp.max(error.reshape(per_tile, CHUNK), axis=1)
     # No direction has the scale 0, which would make a nothing of minus infinity.
     query_scale = jnp.maximum(scale_ref[pl.ds(first_query, block)], 1e-30)
     best = best * query_scale[:, None] + error[None, :]
     out_ref[pl.ds(first_query, block), pl.ds(tile * per_tile, per_tile)] = best
+    for ref in tile_refs:
+        ref[pl.ds(first_query, block), tile] = jnp.max(best, axis=1)
 
 
 def select_kernel(
-    bounds_ref, query_ref, rows_ref, rows_scale_ref, rows_error_ref, counts_ref, *refs,
-    num_picked, rows_per_chunk, parts,
+    sections_ref, chunks_ref, query_ref, rows_ref, rows_scale_ref, rows_error_ref, counts_ref,
+    *refs, num_picked, per_section, parts,
 ):  # fmt: skip
     """The rows picked for one query, or the best of them by full scores, and a bound on the rest.
 
-    `refs` are those of ids and bound, or of the keys and of what `Found` holds.
+    First the sections of so many chunks with the largest bounds, then the chunks in these, then
+    the rows in those. `refs` are those of ids and bound, or of the keys and of what `Found` holds.
     """
     query = pl.program_id(0)
     num_rows, dim = rows_ref.shape
     x = load_queries(query_ref, query, 1)
     towards = direction(x)
-    chunks, left_out = largest_chunks(bounds_ref, query, num_picked, parts)
+    chunks, left_out = largest_chunks(sections_ref, query, num_picked, parts)
+    if per_section > 1:
+        chunks, others = largest_within(chunks_ref, query, chunks, per_section, num_picked, parts)
+        left_out = jnp.maximum(left_out, others)
 
-    num_positions = num_picked * rows_per_chunk
+    num_positions = num_picked * CHUNK
     group = min(_GROUP, num_positions)
     scale = jnp.max(towards.scale)
     step = step_of(dim, _STEP)
 
     def score(g, bounds):
         position = g * group + jax.lax.iota(jnp.int32, group)
-        own = chunk_of(position, g * group, chunks, rows_per_chunk)
-        row, counts = _row(own * rows_per_chunk + position % rows_per_chunk, num_rows)
+        own = chunk_of(position, g * group, chunks, CHUNK)
+        row, counts = _row(own * CHUNK + position % CHUNK, num_rows)
         row = jnp.where(counts, row, 0)
         counts = counts & plgpu.load(counts_ref.at[row])
 
@@ -125,7 +135,7 @@ def select_kernel(
     shape = (num_positions // group, group)
     bound = jax.lax.fori_loop(0, shape[0], score, jnp.full(shape, -jnp.inf, jnp.float32))
     picked, second = largest(bound.reshape(num_positions), num_picked, parts)
-    ids, counts = _row(row_of(picked, chunks, rows_per_chunk), num_rows)
+    ids, counts = _row(row_of(picked, chunks, CHUNK), num_rows)
     ids = jnp.where(counts & (picked < num_positions), ids, num_rows)
     # The bounds are on the product with the query's code: its own rounding comes on top.
     rest = unit_of(x, towards) - code_of(x, towards) * towards.scale[:, None]

@@ -22,6 +22,7 @@ __all__ = [
     "found_shapes",
     "largest",
     "largest_chunks",
+    "largest_within",
     "launch",
     "load_queries",
     "row_of",
@@ -207,6 +208,35 @@ def largest_chunks(
     return largest(bound, count, parts)
 
 
+def largest_within(
+    bound_ref,
+    query: Array,
+    chunks: Int[Array, "G"],
+    per_chunk: int,
+    count: int,
+    parts: int = 1,
+) -> tuple[Int[Array, "F"], Float[Array, ""]]:
+    """Where a query's largest bounds in some chunks are, B where none is left; bound of the rest.
+
+    Args:
+      bound_ref: float32 [Q, B].
+      query: which row of it.
+      chunks: each of `per_chunk` bounds in a row; those that lie beyond B count for nothing.
+      per_chunk: a power of two.
+      count: F.
+      parts: see `largest`.
+    """
+    num_bounds = bound_ref.shape[1]
+    position = jax.lax.iota(jnp.int32, chunks.shape[0] * per_chunk)
+    at = chunk_of(position, 0, chunks, per_chunk) * per_chunk + position % per_chunk
+    is_there = at < num_bounds
+    at = jnp.where(is_there, at, 0)
+    bound = plgpu.load(bound_ref.at[query, at], mask=is_there, other=-jnp.inf)
+    picked, rest = largest(bound, count, parts)
+    at = row_of(picked, chunks, per_chunk)
+    return jnp.where(picked < position.shape[0], at, num_bounds), rest
+
+
 def chunk_of(
     position: Int[Array, "P"], first: Array | int, chunks: Int[Array, "F"], rows_per_chunk: int
 ) -> Int[Array, "P"]:
@@ -218,7 +248,7 @@ def chunk_of(
       chunks: the chunks.
       rows_per_chunk: positions in a chunk.
     """
-    if chunks.shape[0] <= 32:
+    if chunks.shape[0] <= 32 and position.shape[0] <= 512:
         return _entries(chunks, position // rows_per_chunk)
     # Every position against every chunk would not fit the registers.
     count = max(1, position.shape[0] // rows_per_chunk)

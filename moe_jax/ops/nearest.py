@@ -114,9 +114,8 @@ def nearest(
             raise ValueError(
                 "implementation='code' needs code, an is_candidate of one axis, at least 128 keys,"
                 f" a width that 64 divides, rows and width whose product is not between 2**31 and"
-                f" 2**32, and k up to {_coded_gpu.MAX_K} (or less than "
-                f"{_coded_gpu.LARGE_K} for more than {_coded_gpu.MANY_ROWS} keys), got keys "
-                f"{keys.shape} and k={k}"
+                f" 2**32, and k up to {_coded_gpu.MAX_K} (less for many millions of keys), got "
+                f"keys {keys.shape} and k={k}"
             )
         return by_code(interpret=jax.default_backend() != "gpu")
     if implementation not in (None, "matmul"):
