@@ -13,13 +13,16 @@ from measuring import NUM_INPUTS, Row, figures, time_calls
 from workloads import (
     BALANCED,
     BOTH,
+    DECODING,
     FORWARD,
     LAYERS,
+    SMOKE_DECODING,
     SMOKE_LAYER,
     ZIPF,
     LayerShape,
     draw_choices,
     max_over_mean,
+    number_used,
 )
 
 from moe_jax.experts import ExpertBank, Rows, SwiGLUExpert
@@ -168,7 +171,7 @@ def check(shape: LayerShape, variables: Any, inputs: LayerInput, result: tuple) 
         y, pull = jax.vjp(lambda x: one(params, x, chosen), x.astype(jnp.float32))
         return weight * y, pull(weight * dy.astype(jnp.float32))[0]
 
-    for t in range(0, shape.tokens, shape.tokens // CHECKED):
+    for t in range(0, shape.tokens, max(1, shape.tokens // CHECKED)):
         weight = inputs.weight[t] * is_kept[t]
         each = [
             reference(
@@ -234,12 +237,14 @@ class LayerCase:
         peak = peak_bytes()
         check(shape, variables, inputs[0], step(variables, inputs[0]))
         kept = float(np.mean([jnp.mean(step(variables, each)[1]) for each in inputs]))
-        load = np.mean([max_over_mean(np.asarray(i.expert), shape.experts) for i in inputs])
+        experts = [np.asarray(each.expert) for each in inputs]
+        load = np.mean([max_over_mean(expert, shape.experts) for expert in experts])
+        used = float(np.mean([number_used(expert) for expert in experts]))
         row = figures(
             f"{self.name}/{options.dispatch}",
             times,
             flops=shape.flops(self.passes, kept),
-            least_bytes=shape.least_bytes(self.passes),
+            least_bytes=shape.least_bytes(self.passes, used),
             peak_bytes=peak,
             load=float(load),
             dropped=1 - kept,
@@ -253,11 +258,11 @@ class LayerCase:
 
 
 def cases(smoke: bool) -> list[LayerCase]:
-    """Every shape, forward and with the backward pass, balanced and skewed."""
-    shapes = [SMOKE_LAYER] if smoke else LAYERS
+    """Every shape, forward and with the backward pass, balanced and skewed; decoding, forward."""
+    shapes, few = ([SMOKE_LAYER], [SMOKE_DECODING]) if smoke else (LAYERS, DECODING)
     return [
         LayerCase(shape, passes, skew)
         for shape in shapes
         for passes in (FORWARD, BOTH)
         for skew in (BALANCED, ZIPF)
-    ]
+    ] + [LayerCase(shape, FORWARD, BALANCED) for shape in few]

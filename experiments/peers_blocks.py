@@ -12,13 +12,16 @@ from torch import nn
 from workloads import (
     BALANCED,
     BOTH,
+    DECODING,
     FORWARD,
     LAYERS,
+    SMOKE_DECODING,
     SMOKE_LAYER,
     ZIPF,
     LayerShape,
     draw_choices,
     max_over_mean,
+    number_used,
 )
 
 
@@ -160,12 +163,14 @@ class LayerCase:
         times, y = time_calls(call, wait, options.repeats)
         if not bool(torch.isfinite(y).all()):
             raise FloatingPointError("there are numbers that are not finite")
-        load = [max_over_mean(expert.cpu().numpy(), shape.experts) for expert, _ in choices]
+        experts = [expert.cpu().numpy() for expert, _ in choices]
+        load = [max_over_mean(expert, shape.experts) for expert in experts]
+        used = float(np.mean([number_used(expert) for expert in experts]))
         row = figures(
             self.name,
             times,
             flops=shape.flops(self.passes),
-            least_bytes=shape.least_bytes(self.passes),
+            least_bytes=shape.least_bytes(self.passes, used),
             peak_bytes=peak_bytes(),
             load=float(np.mean(load)),
             dropped=0.0,
@@ -191,4 +196,8 @@ def cases(smoke: bool) -> list[LayerCase]:
         for shape in shapes
         for passes in (FORWARD, BOTH)
         for part, skew in (("experts", BALANCED), ("experts", ZIPF), ("block", BALANCED))
+    ] + [
+        LayerCase(part, shape, FORWARD, BALANCED)
+        for shape in ([SMOKE_DECODING] if smoke else DECODING)
+        for part in ("experts", "block")
     ]

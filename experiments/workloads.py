@@ -42,10 +42,15 @@ class LayerShape:
         forward = 2 * 3 * self.dim * self.hidden * self.chosen * self.tokens * kept
         return forward * (3 if passes == BOTH else 1)
 
-    def least_bytes(self, passes: str) -> float:
-        """What must move: tokens in and out, matrices once; backward, their gradients as well."""
+    def least_bytes(self, passes: str, used: float) -> float:
+        """What must move: tokens in and out, matrices once; backward, their gradients as well.
+
+        Args:
+            passes: forward, or both.
+            used: experts that any token chose; nobody need read the matrices of others.
+        """
         tokens = 2 * self.tokens * self.dim
-        matrices = 3 * self.experts * self.dim * self.hidden
+        matrices = 3 * used * self.dim * self.hidden
         return 2 * (tokens + matrices) * (2 if passes == BOTH else 1)
 
 
@@ -89,7 +94,14 @@ LAYERS = (
     LayerShape(4096, 14336, 8, 2, 16384),
     LayerShape(4096, 512, 128, 8, 32768),
 )
+# One token for each sequence, as when text is written.
+DECODING = tuple(
+    LayerShape(*size, tokens)
+    for size in ((2048, 768, 128, 8), (4096, 14336, 8, 2))
+    for tokens in (1, 8, 64)
+)
 SMOKE_LAYER = LayerShape(64, 32, 8, 2, 128)
+SMOKE_DECODING = LayerShape(64, 32, 8, 2, 1)
 
 
 def shares(num_experts: int, skew: str, rng: np.random.Generator) -> np.ndarray:
@@ -124,6 +136,11 @@ def draw_group_sizes(num_groups: int, rows: int, skew: str, seed: int) -> np.nda
     sizes = np.floor(exact).astype(np.int32)
     sizes[np.argsort(sizes - exact, kind="stable")[: rows - sizes.sum()]] += 1
     return sizes
+
+
+def number_used(expert: np.ndarray) -> int:
+    """How many experts anybody chose."""
+    return len(np.unique(expert))
 
 
 def max_over_mean(expert: np.ndarray, num_experts: int) -> float:

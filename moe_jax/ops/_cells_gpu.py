@@ -19,9 +19,6 @@ from moe_jax.ops._kernel_parts import (
     direction,
     fits_offsets,
     found_shapes,
-    largest,
-    largest_chunks,
-    largest_within,
     launch,
     load_queries,
     score_and_store,
@@ -29,6 +26,7 @@ from moe_jax.ops._kernel_parts import (
     takes_width,
     unit_of,
 )
+from moe_jax.ops._kernel_picks import largest_chunks, largest_within
 from moe_jax.ops.code import Code
 
 __all__ = ["is_supported", "probe"]

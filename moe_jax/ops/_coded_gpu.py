@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops._coded_kernels import CHUNK, TILE, chunk_bounds_kernel, encode_kernel, select_kernel
+from moe_jax.ops._coded_kernels import (
+    CHUNK,
+    TILE,
+    chunk_bounds_kernel,
+    encode_kernel,
+    select_kernel,
+)
 from moe_jax.ops._kernel_parts import (
     Found,
     fits_offsets,
@@ -158,7 +164,8 @@ def _select(
         sections = jnp.pad(sections, ((0, 0), (0, pad)), constant_values=-jnp.inf)
         sections = jnp.max(sections.reshape(sections.shape[0], -1, tiles), axis=2)
     how = {"num_picked": num_picked, "per_section": per_section, "parts": parts}
-    is_small = num_picked * per_section <= _CHUNKS // 2
+    # Picking 128 of thousands in four warps takes most of their registers, and half as long again.
+    is_small = num_picked <= 64 and num_picked * per_section <= _CHUNKS // 2
     inputs = (sections, chunks, queries, table.code, table.scale, table.error, is_candidate, *keys)
     return launch(
         functools.partial(select_kernel, **how), (num_queries,), inputs, outputs,

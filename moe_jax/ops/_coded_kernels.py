@@ -8,18 +8,14 @@ from moe_jax._types import Array
 from moe_jax.ops._hardware import triton as plgpu
 from moe_jax.ops._kernel_parts import (
     Found,
-    chunk_of,
     code_of,
     direction,
-    largest,
-    largest_chunks,
-    largest_within,
     load_queries,
-    row_of,
     score_and_store,
     step_of,
     unit_of,
 )
+from moe_jax.ops._kernel_picks import chunk_of, largest, largest_chunks, largest_within, row_of
 
 __all__ = ["CHUNK", "TILE", "chunk_bounds_kernel", "encode_kernel", "select_kernel"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.ops import _coded_gpu, _matmul_pick, encode, exact_cosine, nearest, normalize
-from moe_jax.ops._kernel_parts import chunk_of
+from moe_jax.ops._kernel_picks import chunk_of
 
 N, Q, D = 300, 6, 64
 
