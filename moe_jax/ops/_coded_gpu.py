@@ -33,10 +33,16 @@ from moe_jax.ops._kernel_parts import (
 )
 from moe_jax.ops.code import Code
 
-__all__ = ["MAX_K", "find", "is_supported", "num_bounds", "num_to_pick", "pick"]
+__all__ = ["MAX_K", "NEEDS", "find", "is_supported", "num_bounds", "num_to_pick", "pick"]
 
 MAX_K = 48
 """The largest k that these kernels are meant for."""
+
+NEEDS = (
+    "at least 128 keys, a width that 64 divides, up to 4096, rows and width whose product is not "
+    f"between 2**31 and 2**32, k up to {MAX_K} (less for many millions of keys)"
+)
+"""What `is_supported` asks for, in words."""
 
 _MANY = 1024  # queries that fill a GPU with programs of four warps
 _FEW_ROWS = 2**18

@@ -133,9 +133,11 @@ def select_kernel(
     picked, second = largest(bound.reshape(num_positions), num_picked, parts)
     ids, counts = _row(row_of(picked, chunks, CHUNK), num_rows)
     ids = jnp.where(counts & (picked < num_positions), ids, num_rows)
-    # The bounds are on the product with the query's code: its own rounding comes on top.
+    # The bounds are on the product with the query's code: its own rounding comes on top, times the
+    # length of a row's code, which exceeds one by at most half a step in every coordinate.
     rest = unit_of(x, towards) - code_of(x, towards) * towards.scale[:, None]
-    own_error = jnp.sqrt(jnp.sum(jnp.sum(rest * rest, axis=1))) * 1.001 + 1e-5
+    longest = 1.001 + 0.004 * dim**0.5
+    own_error = jnp.sqrt(jnp.sum(jnp.sum(rest * rest, axis=1))) * longest + 1e-5
     refs[-1][query] = jnp.maximum(left_out, second) + own_error
     if len(refs) == 2:
         refs[0][query, pl.ds(0, num_picked)] = ids

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops import _coded_gpu, _matmul_pick
+from moe_jax.ops import _coded_gpu, _coded_xla, _matmul_pick
 from moe_jax.ops._hardware import runs_triton
 from moe_jax.ops.blocks import in_blocks
 from moe_jax.ops.code import Code
@@ -56,12 +56,13 @@ def nearest(
 ) -> Hits:
     """The k keys with the largest exact cosine to each query, ties to the lower index.
 
-    A first pass picks some more than k keys: on NVIDIA GPUs, for small k, by eight-bit codes in
-    two fused kernels, elsewhere by a float32 matmul. Only those are scored exactly. The pass also
-    bounds the cosine of every key left out. Should that bound reach the k-th score (near-ties that
-    the pass cannot tell apart), a finer pass is made, for those queries alone if they are few, and
-    in the end every key is scored exactly, so that the answer never depends on the pick. Queries
-    are multiplied by keys in blocks of 2**28 scores.
+    A first pass picks some more than k keys: by eight-bit codes on NVIDIA GPUs, for small k, in two
+    fused kernels, and on CPUs for one or two queries of many keys; elsewhere by a float32 matmul.
+    Only those are scored exactly. The pass also bounds the cosine of every key left out. Should
+    that bound reach the k-th score (near-ties that the pass cannot tell apart), a finer pass is
+    made, for those queries alone if they are few, and in the end every key is scored exactly, so
+    that the answer never depends on the pick. Queries are multiplied by keys in blocks of 2**28
+    scores.
 
     Args:
       queries: float32 [Q, D]; one without a direction has no hits.
@@ -75,8 +76,9 @@ def nearest(
       precision: "exact" as above. "scored" takes the first pass's pick for good, so that keys
         within the pass's rounding of the k-th (about 1e-3 by code, 1e-6 by matmul) may be missed;
         scores are exact. "quick" also takes plain float32 sums as scores.
-      implementation: "code" or "matmul" for the first pass; by default the faster one that can
-        take the sizes.
+      implementation: of the first pass, "matmul" or "code", the latter by kernels on NVIDIA GPUs
+        and in plain XLA elsewhere; by default the faster one that can take the sizes. "interpret"
+        runs the kernels as ordinary operations, to test them.
 
     Returns:
       `Hits` of shape [Q, k], without any where there are fewer than k candidates.
@@ -101,31 +103,23 @@ def nearest(
     is_query = has_direction if is_query is None else has_direction & is_query
     floor = jnp.asarray(floor, jnp.float32)
     among = _Among(keys, jnp.atleast_2d(is_candidate), k, floor, precision)
+    how = _resolve(implementation, queries.shape[0], among, code)
 
-    def by_code(interpret: bool) -> Hits:
-        find = functools.partial(_by_code, among=among, code=code, interpret=interpret)
-        most = max(1, SCORES_AT_ONCE // _coded_gpu.num_bounds(num_keys))
+    def by_code() -> Hits:
+        find = functools.partial(_by_code, among=among, code=code, how=how)
+        # In plain XLA each query is a pass of its own, and memory is read for each.
+        at_once = max(1, SCORES_AT_ONCE // _coded_gpu.num_bounds(num_keys))
+        most = _coded_xla.MAX_QUERIES if how == "xla" else at_once
         return in_blocks(find, (queries, unit, is_query), most)
 
-    can_code = code is not None and is_candidate.ndim == 1
-    can_code = can_code and _coded_gpu.is_supported(*keys.shape, k)
-    if implementation == "code":
-        if not can_code:
-            raise ValueError(
-                "implementation='code' needs code, an is_candidate of one axis, at least 128 keys,"
-                f" a width that 64 divides, rows and width whose product is not between 2**31 and"
-                f" 2**32, and k up to {_coded_gpu.MAX_K} (less for many millions of keys), got "
-                f"keys {keys.shape} and k={k}"
-            )
-        return by_code(interpret=jax.default_backend() != "gpu")
-    if implementation not in (None, "matmul"):
-        raise ValueError(f"implementation must be 'code', 'matmul' or None, got {implementation!r}")
-    if implementation is None and can_code and runs_triton():
-        return jax.lax.platform_dependent(
-            cuda=functools.partial(by_code, interpret=False),
-            default=lambda: _by_matmul(unit, is_query, among),
-        )
-    return _by_matmul(unit, is_query, among)
+    def by_matmul() -> Hits:
+        return _by_matmul(unit, is_query, among)
+
+    if how == "matmul":
+        return by_matmul()
+    if how == "kernels" and implementation is None:
+        return jax.lax.platform_dependent(cuda=by_code, default=by_matmul)
+    return by_code()
 
 
 class _Among(NamedTuple):
@@ -136,6 +130,32 @@ class _Among(NamedTuple):
     k: int
     floor: Float[Array, ""]
     precision: str
+
+
+def _resolve(implementation: str | None, num_queries: int, among: _Among, code: Code | None) -> str:
+    """What makes the first pass: "matmul", or codes by "kernels", in "xla", or by "interpret"."""
+    backend, shape = jax.default_backend(), among.keys.shape
+    of_codes = "kernels" if backend == "gpu" else "xla"
+    names = {"matmul": "matmul", "code": of_codes, "interpret": "interpret"}
+    if implementation is not None and implementation not in names:
+        raise ValueError(
+            f"implementation must be 'code', 'matmul', 'interpret' or None, got {implementation!r}"
+        )
+    how = names[implementation or "code"]
+    if how == "matmul":
+        return how
+    codes = _coded_xla if how == "xla" else _coded_gpu
+    fits = code is not None and among.mask.shape[0] == 1 and codes.is_supported(*shape, among.k)
+    if implementation is None:
+        is_few = num_queries <= _coded_xla.MAX_QUERIES and shape[0] >= _coded_xla.MIN_ROWS
+        pays = runs_triton() if how == "kernels" else backend == "cpu" and is_few
+        return how if fits and pays else "matmul"
+    if not fits:
+        raise ValueError(
+            f"implementation={implementation!r} needs code, one is_candidate for all queries, "
+            f"{codes.NEEDS}, got keys {shape} and k={among.k}"
+        )
+    return how
 
 
 def _by_matmul(unit: Float[Array, "Q D"], is_query: Bool[Array, "Q"], among: _Among) -> Hits:
@@ -176,18 +196,21 @@ def _by_code(
     is_query: Bool[Array, "Q"],
     among: _Among,
     code: Code,
-    interpret: bool,
+    how: str,
 ) -> Hits:
     keys, mask, k, _, precision = among
+    again = functools.partial(_again, unit=unit, search=functools.partial(_by_matmul, among=among))
     is_certain = precision == "exact"
+    if how == "xla":
+        num_picked = _coded_xla.num_to_pick(k, keys.shape[0], is_certain=is_certain)
+        picked = _coded_xla.pick(unit, code, mask[0], num_picked)
+        return _best_of(picked, unit, is_query, among, again)
     num_picked = _coded_gpu.num_to_pick(k, queries.shape[0], keys.shape[0], is_certain=is_certain)
-    how = {"num_picked": num_picked, "interpret": interpret}
+    options = {"num_picked": num_picked, "interpret": how == "interpret"}
     if precision == "quick":
-        found = _coded_gpu.find(queries, keys, code, mask[0], k=k, **how)
+        found = _coded_gpu.find(queries, keys, code, mask[0], k=k, **options)
         return Hits(found.ids, found.scores, found.is_found)
-    picked = _coded_gpu.pick(unit, code, mask[0], **how)
-    search = functools.partial(_by_matmul, among=among)
-    again = functools.partial(_again, unit=unit, search=search)
+    picked = _coded_gpu.pick(unit, code, mask[0], **options)
     return _best_of(picked, unit, is_query, among, again)
 
 
@@ -202,7 +225,7 @@ def _best_of(
     picked, unseen = pick
     ids, scores = _best_of_picked(unit, among.keys, picked, among.k)
     found = _hits(unit, ids, scores, among)
-    if among.precision == "scored" or picked.shape[1] == among.keys.shape[0]:
+    if among.precision != "exact" or picked.shape[1] == among.keys.shape[0]:
         return found
     is_close = unseen >= jnp.maximum(scores[:, -1], among.floor)
     is_close = is_close & (unseen > -jnp.inf) & is_query

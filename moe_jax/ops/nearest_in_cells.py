@@ -11,7 +11,7 @@ from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops import _cells_gpu, _coded_gpu
 from moe_jax.ops.code import Code
 from moe_jax.ops.nearest import Hits
-from moe_jax.ops.similarity import exact_cosine_at, normalize
+from moe_jax.ops.similarity import dot_rows, exact_cosine_at, normalize
 from moe_jax.ops.top_k import top_k
 
 __all__ = ["MAX_FUSED_K", "Lists", "can_fuse", "nearest_in_cells"]
@@ -131,8 +131,7 @@ def _num_to_pick(k: int) -> int:
 def _candidates(queries: Float[Array, "Q D"], lists: Lists, probes: int) -> Int[Array, "Q F"]:
     """The rows in the cells that each query probes and in the overflow list."""
     rows = queries.shape[0]
-    cosine = jnp.matmul(queries, lists.centroids.T, precision=jax.lax.Precision.HIGHEST)
-    _, cell = _top_k(cosine, probes)
+    _, cell = _top_k(dot_rows(queries, lists.centroids), probes)
     inside = jax.lax.collapse(lists.members[cell], 1, 3)
     overflow = jnp.broadcast_to(lists.overflow[None], (rows, lists.overflow.shape[0]))
     return jnp.concatenate([inside, overflow], axis=1)

@@ -23,6 +23,7 @@ from moe_jax.ops.blocks import in_blocks
 
 __all__ = [
     "MAX_DIM",
+    "dot_rows",
     "exact_cosine",
     "exact_cosine_at",
     "exact_cosine_pairs",
@@ -125,7 +126,7 @@ def exact_cosine(a: Float[Array, "Q D"], b: Float[Array, "N D"]) -> Float[Array,
     def matmul(left: list[Array], right: list[Array]) -> Array:
         left, right = jnp.concatenate(left, -1), jnp.concatenate(right, -1)
         return jax.lax.platform_dependent(
-            left, right, cuda=_matmul_of_short_integers, default=_matmul
+            left, right, cuda=_matmul_of_short_integers, default=dot_rows
         )
 
     return _by_blocks(a, b, _sums(matmul))
@@ -180,6 +181,14 @@ def exact_cosine_at(
         return _by_blocks(queries, chosen, _sums(_sum_of_products))
     size = max(1, _AT_ONCE // max(1, rows.shape[1] * keys.shape[1]))
     return in_blocks(lambda q, at: _by_blocks(q, keys[at], _sums_at), (queries, rows), size)
+
+
+def dot_rows(a: Float[Array, "Q D"], b: Float[Array, "N D"]) -> Float[Array, "Q N"]:
+    """Dot product of every row of a with every row of b, in float32 on every device."""
+    if a.shape[0] == 1 and jax.default_backend() == "cpu":
+        # XLA may take one row times a matrix an entry at a time.
+        return jnp.matmul(b, a[0], precision=_HIGHEST)[None]
+    return jnp.matmul(a, b.T, precision=_HIGHEST)
 
 
 @jax.custom_jvp
@@ -268,14 +277,10 @@ def _sum_of_products(left: list[Array], right: list[Array]) -> Array:
     return jnp.sum(sum(x * y for x, y in zip(left, right, strict=True)), axis=-1)
 
 
-def _matmul(left: Float[Array, "Q D"], right: Float[Array, "N D"]) -> Float[Array, "Q N"]:
-    return jnp.matmul(left, right.T, precision=_HIGHEST)
-
-
 def _matmul_of_short_integers(
     left: Float[Array, "Q D"], right: Float[Array, "N D"]
 ) -> Float[Array, "Q N"]:
-    """As `_matmul`, to the bit: bfloat16 holds integers up to 256 and the sums are float32."""
+    """As `dot_rows`, to the bit: bfloat16 holds integers up to 256 and the sums are float32."""
     left, right = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
     return jnp.matmul(left, right.T, preferred_element_type=jnp.float32)
 

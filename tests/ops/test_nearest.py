@@ -8,10 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops import _coded_gpu, _matmul_pick, encode, exact_cosine, nearest, normalize
+from moe_jax.ops import (
+    _coded_gpu,
+    _coded_xla,
+    _matmul_pick,
+    encode,
+    exact_cosine,
+    nearest,
+    normalize,
+)
 from moe_jax.ops._kernel_picks import chunk_of
 
 N, Q, D = 300, 6, 64
+KERNELS = "code" if jax.default_backend() == "gpu" else "interpret"
+IMPLEMENTATIONS = sorted({"matmul", "code", KERNELS})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_picked():
+    """Far fewer rows than these tests have are picked in XLA, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_coded_xla, "num_to_pick", lambda k, n, is_certain: min(k + 6, n))
+        nearest.clear_cache()
+        yield
+    nearest.clear_cache()
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +64,10 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["matmul", "code"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_exact(vectors, implementation, mask):
-    if implementation == "code" and MASKS[mask].ndim == 2:
+    if implementation != "matmul" and MASKS[mask].ndim == 2:
         pytest.skip("codes are for one mask")
     queries, keys = vectors
     for k in (1, 10):
@@ -59,7 +79,7 @@ def test_exact(vectors, implementation, mask):
             np.testing.assert_array_equal(ours, want)
 
 
-@pytest.mark.parametrize("implementation", ["matmul", "code"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("precision", ["scored", "quick"])
 def test_what_is_not_certain_is_close(vectors, implementation, precision):
     queries, keys = vectors
@@ -76,7 +96,7 @@ def test_what_is_not_certain_is_close(vectors, implementation, precision):
     np.testing.assert_allclose(scores, -np.sort(-score, axis=1)[:, :5], atol=2e-3)
 
 
-@pytest.mark.parametrize("implementation", ["matmul", "code"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_queries_of_any_length_or_of_none(implementation):
     rng = np.random.default_rng(3)
     keys = normalize(rng.normal(size=(N, D)).astype(np.float32))
@@ -106,7 +126,7 @@ def test_queries_that_do_not_matter_cost_no_second_look(vectors):
     queries, keys = vectors
     mask, is_query = jnp.ones(N, bool), jnp.arange(Q) > 0
     ids, *_ = nearest(queries, keys, mask, 3, code=encode(keys), is_query=is_query,
-                     implementation="code")  # fmt: skip
+                     implementation=KERNELS)  # fmt: skip
     want, *_ = expected(queries, keys, np.ones(N, bool), 3)
     np.testing.assert_array_equal(ids[1:], want[1:])
 
@@ -116,7 +136,7 @@ def test_many_rows_and_a_last_tile_that_overlaps():
     keys = normalize(rng.normal(size=(1000, D)))
     queries = normalize(keys[jnp.array([0, 895, 896, 897, 999])] + 0.05 * rng.normal(size=(5, D)))
     ids, *_ = nearest(queries, keys, jnp.ones(1000, bool), 1, code=encode(keys),
-                     implementation="code", precision="quick")  # fmt: skip
+                     implementation=KERNELS, precision="quick")  # fmt: skip
     np.testing.assert_array_equal(ids[:, 0], [0, 895, 896, 897, 999])
 
 
@@ -140,12 +160,12 @@ def test_larger_k_by_code(many, k):
     code, place = encode(keys), np.arange(1500)
     masks = (place >= 0, place % 3 > 0, place < 20, place < 0)
     for mask in masks:
-        hits = nearest(queries, keys, jnp.asarray(mask), k, code=code, implementation="code")
+        hits = nearest(queries, keys, jnp.asarray(mask), k, code=code, implementation=KERNELS)
         for ours, want in zip(hits, expected(queries, keys, mask, k), strict=True):
             np.testing.assert_array_equal(ours, want)
     for mask in masks if k == 32 else ():
         hits = nearest(
-            queries, keys, jnp.asarray(mask), k, code=code, implementation="code",
+            queries, keys, jnp.asarray(mask), k, code=code, implementation=KERNELS,
             precision="quick",
         )  # fmt: skip
         ids, (_, best, is_valid) = np.asarray(hits.ids), expected(queries, keys, mask, k)
@@ -176,7 +196,7 @@ def test_sections_of_many_chunks(copies_everywhere, monkeypatch, num_sections, k
     queries, keys = copies_everywhere
     mask = np.arange(6000) % 7 > 0
     find = functools.partial(
-        nearest, queries, keys, jnp.asarray(mask), k, code=encode(keys), implementation="code"
+        nearest, queries, keys, jnp.asarray(mask), k, code=encode(keys), implementation=KERNELS
     )
     hits, quick = find(), find(precision="quick")
     nearest.clear_cache()
@@ -209,14 +229,17 @@ def test_queries_that_codes_leave_open_are_looked_at_again(num_close):
     queries[7 : 7 + num_close] = (keys[0] + 0.3 * queries)[7 : 7 + num_close]
     queries, keys = normalize(queries), normalize(keys)
     k = 2
-    hits = nearest(queries, keys, jnp.ones(1500, bool), k, code=encode(keys), implementation="code")
+    hits = nearest(
+        queries, keys, jnp.ones(1500, bool), k, code=encode(keys), implementation=KERNELS
+    )
     for ours, want in zip(hits, expected(queries, keys, np.ones(1500, bool), k), strict=True):
         np.testing.assert_array_equal(ours, want)
 
 
 @pytest.mark.parametrize("precision", ["exact", "quick"])
 @pytest.mark.parametrize(
-    ("implementation", "mask"), [("matmul", "some"), ("matmul", "by query"), ("code", "some")]
+    ("implementation", "mask"),
+    [("matmul", "some"), ("matmul", "by query"), ("code", "some"), (KERNELS, "some")],
 )
 def test_queries_in_blocks(vectors, monkeypatch, implementation, mask, precision):
     queries, keys = vectors
@@ -259,6 +282,65 @@ def test_keys_in_chunks(vectors, monkeypatch, mask, k):
     np.testing.assert_allclose(np.where(is_valid, rough[0], 0), scores, rtol=0, atol=1e-6)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="groups are for CPUs")
+@pytest.mark.parametrize("mask", ["all", "some", "few", "by query"])
+@pytest.mark.parametrize("k", [1, 7])
+def test_groups_of_keys(vectors, monkeypatch, mask, k):
+    """The last chunk reaches back, copies tie across groups, and some groups have no candidate."""
+    queries, keys = vectors
+    for name, size in {"_SHORT_CHUNK": 32, "_GROUP": 2, "_MANY": 1, "_SPARE": 1}.items():
+        monkeypatch.setattr(_matmul_pick, name, size)
+    mask = jnp.asarray(MASKS[mask])
+    scores, ids = _matmul_pick.roughly_best(queries, keys, jnp.atleast_2d(mask), k)
+    nearest.clear_cache()
+    hits = nearest(queries, keys, mask, k, implementation="matmul")
+    find = functools.partial(nearest, k=k, implementation="matmul")
+    text = jax.jit(find).lower(queries, keys, mask).compile().as_text()
+    nearest.clear_cache()
+    assert f"f32[32,{Q}]" in text
+    wanted = expected(queries, keys, mask, k)
+    for ours, want in zip(hits, wanted, strict=True):
+        np.testing.assert_array_equal(ours, want)
+    is_valid = wanted[2]
+    np.testing.assert_allclose(np.where(is_valid, scores, 0), wanted[1], rtol=0, atol=1e-6)
+    score = np.take_along_axis(np.asarray(exact_cosine(queries, keys)), np.asarray(ids), axis=1)
+    np.testing.assert_allclose(np.where(is_valid, score, 0), wanted[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels are chosen by size elsewhere")
+@pytest.mark.parametrize(("num_queries", "by_code"), [(1, True), (2, True), (3, False)])
+def test_few_queries_of_many_keys_read_codes_on_a_cpu(num_queries, by_code):
+    keys = jnp.zeros((_coded_xla.MIN_ROWS, D))
+    code, mask = encode(keys), jnp.ones(keys.shape[0], bool)
+
+    def find(queries):
+        return jax.lax.map(lambda each: nearest(each, keys, mask, 3, code=code), queries)
+
+    queries = jax.ShapeDtypeStruct((5, num_queries, D), jnp.float32)
+    run = jax.jit(find).lower(queries).compile()
+    assert (f"s8[{keys.shape[0]},{D}]" in run.as_text()) == by_code
+    assert f"s16[{keys.shape[0]}" not in run.as_text().split("ENTRY")[1]  # made before the loop
+
+
+def test_a_bound_holds_for_every_row_that_was_not_picked():
+    """Queries and rows of a few large numbers among many small ones, whose codes are coarse."""
+    rng = np.random.default_rng(8)
+    rows, queries = (rng.normal(size=(size, D)) for size in (2000, 2))
+    rows[:, :2] += 30 * rng.normal(size=(2000, 2))
+    queries[:, :2] += 30 * rng.normal(size=(2, 2))
+    rows, queries = normalize(jnp.asarray(rows)), normalize(jnp.asarray(queries))
+    table, mask = encode(rows), jnp.arange(2000) % 3 > 0
+    picks = [_coded_xla.pick(queries, table, mask, 32)]
+    if KERNELS == "interpret":
+        picks.append(_coded_gpu.pick(queries, table, mask, 32, interpret=True))
+    cosine = np.asarray(rows, float) @ np.asarray(queries, float).T
+    for picked, bound in picks:
+        for query in range(2):
+            left = np.asarray(mask) & ~np.isin(np.arange(2000), picked[query])
+            assert cosine[left, query].max() <= bound[query]
+            assert bound[query] < cosine[left, query].max() + 0.1
+
+
 def test_larger_k_takes_fewer_rows():
     is_supported = _coded_gpu.is_supported
     assert is_supported(2**25, 512, 48)
@@ -297,4 +379,4 @@ def test_wrong_calls(vectors):
     with pytest.raises(ValueError, match="got 'cuda'"):
         nearest(queries, keys, mask, 1, implementation="cuda")
     with pytest.raises(ValueError, match="and k=49"):
-        nearest(queries, keys, mask, 49, code=encode(keys), implementation="code")
+        nearest(queries, keys, mask, 49, code=encode(keys), implementation=KERNELS)
