@@ -101,10 +101,6 @@ def train(
             "resume=True"
         )
     first = int(state.step)
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        lines = JsonLines(directory / "metrics.jsonl", last_step=first)
-
     batches = training_batches(corpus, batch_size=c.batch_size, seq_len=c.seq_len, seed=c.seed)
     step_fn = make_train_step(model, optimizer, config)
     evaluate = Evaluator(model, corpus, config)
@@ -114,35 +110,32 @@ def train(
         record = evaluate(state.params, graph, memory_off=True)
         return record | (at_end(state, graph) if at_end is not None else {})
 
-    began = last_logged = time.perf_counter()
-    logged_step = first
+    began = time.perf_counter()
+    log = _Log(directory, first, c.batch_size * c.seq_len)
     try:
         for step in range(first + 1, c.steps + 1):
             batch = jax.device_put(batches[step - 1])
             state, graph, metrics = step_fn(state, graph, batch, step_key)
             record: dict[str, Any] = {}
             is_last = step == c.steps
-            is_saved = is_last or bool(c.save_every and step % c.save_every == 0)
-            is_logged = is_last or step % c.log_every == 0
+            is_saved, is_logged, is_evaluated = (
+                is_last or bool(every and step % every == 0)
+                for every in (c.save_every, c.log_every, c.eval_every)
+            )
             if is_saved or is_logged:
                 metrics = jax.device_get(metrics)
                 _check_finite(step, metrics)
             if is_logged:
-                record = {"step": step, **as_record(metrics)}
-                now = time.perf_counter()
-                tokens = (step - logged_step) * c.batch_size * c.seq_len
-                record["tokens_per_second"] = tokens / (now - last_logged)
-                last_logged, logged_step = now, step
-            if is_last or (c.eval_every and step % c.eval_every == 0):
+                record = log.of_step(step, metrics)
+            if is_evaluated:
                 try:
                     evaluation = last_evaluation() if is_last else evaluate(state.params, graph)
                 except BaseException:
                     keeper.save(state, graph)  # what fails there must not cost the training
                     raise
                 record = {"step": step, **record, **evaluation}
-                last_logged, logged_step = time.perf_counter(), step
-            if record and directory is not None:
-                lines.write(record)
+                log.restart_clock(step)
+            log.write(record)
             if is_saved:
                 keeper.save(state, graph)
             if on_step is not None:
@@ -151,13 +144,45 @@ def train(
         keeper.close()
     if not evaluation:
         evaluation = last_evaluation()
-        if directory is not None and not lines.has("eval_bits_per_byte", first):
-            lines.write({"step": first, **evaluation})
+        if not log.has("eval_bits_per_byte", first):
+            log.write({"step": first, **evaluation})
     return TrainResult(state, graph, evaluation, time.perf_counter() - began)
 
 
 class DivergedError(FloatingPointError):
     """The training has lost its numbers; the message is one line."""
+
+
+class _Log:
+    """The lines of metrics.jsonl, if there is a directory, and how fast steps went."""
+
+    def __init__(self, directory: Path | None, first: int, tokens: int) -> None:
+        self._lines = None
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lines = JsonLines(directory / "metrics.jsonl", last_step=first)
+        self._tokens = tokens  # of a step
+        self.restart_clock(first)
+
+    def restart_clock(self, step: int) -> None:
+        """Counts the time of the steps after this one."""
+        self._step, self._began = step, time.perf_counter()
+
+    def of_step(self, step: int, metrics: Metrics) -> dict[str, Any]:
+        """The record of a step's metrics, with the speed since the clock was started."""
+        tokens = (step - self._step) * self._tokens
+        speed = tokens / (time.perf_counter() - self._began)
+        self.restart_clock(step)
+        return {"step": step, **as_record(metrics), "tokens_per_second": speed}
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends a line, unless the record is empty."""
+        if record and self._lines is not None:
+            self._lines.write(record)
+
+    def has(self, name: str, step: int) -> bool:
+        """Whether a line of that step holds that value."""
+        return self._lines is not None and self._lines.has(name, step)
 
 
 def _check_finite(step: int, metrics: Metrics) -> None:

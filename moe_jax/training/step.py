@@ -109,7 +109,6 @@ def make_train_step(
         >>> int(state.step)
         1
     """
-    parts = config.training.accumulate
 
     def step(
         state: TrainState, graph: KnowledgeGraph, batch: Batch, key: PRNGKey
@@ -119,26 +118,8 @@ def make_train_step(
             jnp.maximum(jnp.sum(batch.is_valid), 1),
             jnp.maximum(jnp.sum(batch.is_input), 1),
         )
-        params = with_copies(state.params, state.copies)
-
-        def differentiate(part: Batch, part_key: PRNGKey):
-            grad_fn = jax.value_and_grad(_loss, argnums=1, has_aux=True)
-            (_, aux), grads = grad_fn(model, params, graph, part, part_key, config, totals)
-            return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params), aux
-
-        def accumulate(carry, inputs):
-            grads, aux = differentiate(*inputs)
-            return jax.tree.map(jnp.add, carry, grads), aux
-
-        if parts == 1:
-            grads, aux = differentiate(batch, key)
-            aux = jax.tree.map(lambda a: a[None], aux)
-        else:
-            split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
-            grads, aux = jax.lax.scan(accumulate, zeros, (split, jax.random.split(key, parts)))
+        grads, aux = _gradients(model, config, state, graph, batch, key, totals)
         (nats, auxiliary, confidence, stats), proposals, reads = aux
-
         opt_state, written = state.opt_state, (jnp.zeros((), jnp.int32),) * 3
         if config.training.memory_write:
             # Reads count at every step, written or not, and on the graph that was read.
@@ -151,25 +132,21 @@ def make_train_step(
         load = jnp.sum(stats.load, axis=0)
         params = _rebalanced(params, load, config.model.moe.balance_bias_rate)
         copies = matrix_copies(params, config.model.moe.compute_dtype)
-        new_state = TrainState(state.step + 1, params, opt_state, copies)
-        return (
-            new_state,
-            graph,
-            Metrics(
-                loss=jnp.sum(nats) / totals[0],
-                auxiliary_loss=jnp.sum(auxiliary),
-                confidence_loss=jnp.sum(confidence),
-                grad_norm=optax.tree.norm(grads),
-                load=load,
-                max_over_mean=jnp.max(load, axis=-1) * load.shape[-1],
-                dropped_fraction=jnp.sum(stats.dropped_fraction, axis=0),
-                nodes_created=written[0],
-                nodes_merged=written[1],
-                proposals_rejected=written[2],
-                graph_nodes=graph.num_live,
-                graph_updates=graph.num_updates,
-            ),
+        metrics = Metrics(
+            loss=jnp.sum(nats) / totals[0],
+            auxiliary_loss=jnp.sum(auxiliary),
+            confidence_loss=jnp.sum(confidence),
+            grad_norm=optax.tree.norm(grads),
+            load=load,
+            max_over_mean=jnp.max(load, axis=-1) * load.shape[-1],
+            dropped_fraction=jnp.sum(stats.dropped_fraction, axis=0),
+            nodes_created=written[0],
+            nodes_merged=written[1],
+            proposals_rejected=written[2],
+            graph_nodes=graph.num_live,
+            graph_updates=graph.num_updates,
         )
+        return TrainState(state.step + 1, params, opt_state, copies), graph, metrics
 
     return jax.jit(step, donate_argnums=(0, 1))
 
@@ -210,6 +187,36 @@ def make_eval_step(
         )
 
     return jax.jit(evaluate)
+
+
+def _gradients(
+    model: MoELanguageModel,
+    config: RunConfig,
+    state: TrainState,
+    graph: KnowledgeGraph,
+    batch: Batch,
+    key: PRNGKey,
+    totals: tuple[Int[Array, ""], Int[Array, ""]],
+):
+    """Gradients summed over the micro-batches, and what `_loss` reports, one row for each."""
+    parts = config.training.accumulate
+    params = with_copies(state.params, state.copies)
+    differentiate = jax.value_and_grad(_loss, argnums=1, has_aux=True)
+
+    def of_part(part: Batch, key: PRNGKey):
+        (_, aux), grads = differentiate(model, params, graph, part, key, config, totals)
+        return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params), aux
+
+    def add(sums, inputs):
+        grads, aux = of_part(*inputs)
+        return jax.tree.map(jnp.add, sums, grads), aux
+
+    if parts == 1:
+        grads, aux = of_part(batch, key)
+        return grads, jax.tree.map(lambda a: a[None], aux)
+    split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    return jax.lax.scan(add, zeros, (split, jax.random.split(key, parts)))
 
 
 def _loss(
