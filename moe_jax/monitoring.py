@@ -177,6 +177,8 @@ def plot_health(figure: Figure, records: Sequence[Mapping[str, Any]], report: Gr
         if line:
             through.plot(*zip(*line, strict=True), "o-", color=colour, ms=3, lw=1.2)
     through.set_ylim(-0.02, 1.02)
+    if past:  # a single evaluation, too, lies on the way from the first step
+        through.set_xlim(0, 1.05 * max(1, past[-1][0]))
     _finish(through, "Shares through the run", "step", "share")
     values = [float(getattr(report, name)) for name in _SHARES]
     names = _SHARES | ({"never_read_share": "never read"} if report.has_reads else {})

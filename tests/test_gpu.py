@@ -11,8 +11,7 @@ import pytest
 from moe_jax import MoESystem
 from moe_jax.config import h100, tiny
 from moe_jax.graph import KnowledgeGraph, insert, link_similar, search
-from moe_jax.ops.code import encode
-from moe_jax.ops.nearest import nearest
+from moe_jax.ops.search import encode, nearest
 from moe_jax.routing import combine, dispatch, dispatch_index, make_plan, topk
 
 pytestmark = pytest.mark.gpu

@@ -132,7 +132,7 @@ def test_each_token_reads_by_itself():
 def test_retrieval_in_parts_equals_retrieval_at_once(monkeypatch):
     x, graph, variables = tokens(), graph_of(), open_variables()
     whole = compiled()[1](variables, x, graph)
-    nearest = importlib.import_module("moe_jax.ops.nearest")
+    nearest = importlib.import_module("moe_jax.ops.search.nearest")
     query = importlib.import_module("moe_jax.graph.query")
     monkeypatch.setattr(nearest, "SCORES_AT_ONCE", 4 * graph.num_nodes)
     nearest.nearest.clear_cache()

@@ -8,7 +8,7 @@ from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.graph._order import halves, joined, saturating_add
 from moe_jax.graph.state import FOREVER, KnowledgeGraph, with_keys
 from moe_jax.ops.independent import first_independent
-from moe_jax.ops.nearest import nearest
+from moe_jax.ops.search import nearest
 from moe_jax.ops.similarity import exact_cosine
 
 __all__ = [

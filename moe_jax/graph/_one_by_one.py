@@ -9,7 +9,7 @@ from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.graph._leaders import Items, Likeness, Outcome
 from moe_jax.graph._order import first_to_go, policy_keys, saturating_add
 from moe_jax.graph.state import KnowledgeGraph
-from moe_jax.ops._matmul_pick import best_of_all
+from moe_jax.ops.search import best_of_all
 
 __all__ = ["evict_one_by_one"]
 

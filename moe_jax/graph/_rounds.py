@@ -25,7 +25,7 @@ from moe_jax.graph._victims import (
 )
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops.blocks import in_blocks
-from moe_jax.ops.nearest import SCORES_AT_ONCE, Hits, nearest
+from moe_jax.ops.search import SCORES_AT_ONCE, Hits, nearest
 
 __all__ = ["evict_in_rounds", "solve"]
 

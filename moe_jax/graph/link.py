@@ -10,7 +10,7 @@ from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.graph._arguments import check_choice, ids, is_live_at, per_row, scalar, vectors
 from moe_jax.graph._edges import Edges, write_edges, write_rows
 from moe_jax.graph.state import FOREVER, KnowledgeGraph
-from moe_jax.ops.nearest import nearest
+from moe_jax.ops.search import nearest
 from moe_jax.ops.similarity import exact_cosine_pairs, normalize
 
 __all__ = ["SEMANTIC", "TEMPORAL", "USER", "link", "link_similar"]

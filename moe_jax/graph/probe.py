@@ -14,8 +14,7 @@ from moe_jax.graph.query import Hits, above
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops._hardware import runs_triton
 from moe_jax.ops.blocks import in_blocks
-from moe_jax.ops.code import Code
-from moe_jax.ops.nearest_in_cells import MAX_FUSED_K, Lists, can_fuse, nearest_in_cells
+from moe_jax.ops.search import MAX_FUSED_K, Code, Lists, can_fuse, nearest_in_cells
 
 __all__ = ["search_cells"]
 

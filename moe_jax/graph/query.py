@@ -11,9 +11,8 @@ from moe_jax.graph._arguments import scalar, vectors, whole_number
 from moe_jax.graph._filters import FILTERS, given_filters, shared_mask
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops.blocks import in_blocks
-from moe_jax.ops.code import Code
-from moe_jax.ops.nearest import SCORES_AT_ONCE, nearest
-from moe_jax.ops.nearest import Hits as Hits
+from moe_jax.ops.search import SCORES_AT_ONCE, Code, nearest
+from moe_jax.ops.search import Hits as Hits
 
 __all__ = ["Hits", "above", "search"]
 

@@ -14,7 +14,7 @@ from moe_jax.graph.pagerank import rounded, seed_weights, walk
 from moe_jax.graph.query import Hits, search
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops.blocks import in_blocks
-from moe_jax.ops.nearest import SCORES_AT_ONCE
+from moe_jax.ops.search import SCORES_AT_ONCE
 from moe_jax.ops.similarity import exact_cosine_at, normalize
 from moe_jax.ops.top_k import top_k
 

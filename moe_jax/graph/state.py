@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops.code import Code, encode
+from moe_jax.ops.search import Code, encode
 from moe_jax.ops.similarity import MAX_DIM
 
 __all__ = ["FOREVER", "KnowledgeGraph", "with_keys"]

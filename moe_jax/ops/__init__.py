@@ -1,12 +1,12 @@
 """Pure array functions: exact similarity, nearest neighbours, top-k, k-means, sums."""
 
-from moe_jax.ops.code import Code as Code
-from moe_jax.ops.code import encode as encode
 from moe_jax.ops.independent import first_independent as first_independent
-from moe_jax.ops.nearest import Hits as Hits
-from moe_jax.ops.nearest import nearest as nearest
-from moe_jax.ops.nearest_in_cells import Lists as Lists
-from moe_jax.ops.nearest_in_cells import nearest_in_cells as nearest_in_cells
+from moe_jax.ops.search import Code as Code
+from moe_jax.ops.search import Hits as Hits
+from moe_jax.ops.search import Lists as Lists
+from moe_jax.ops.search import encode as encode
+from moe_jax.ops.search import nearest as nearest
+from moe_jax.ops.search import nearest_in_cells as nearest_in_cells
 from moe_jax.ops.segment import group_sums as group_sums
 from moe_jax.ops.similarity import exact_cosine as exact_cosine
 from moe_jax.ops.similarity import exact_cosine_at as exact_cosine_at

@@ -1,8 +1,12 @@
-"""What the first device is, where it decides which kernel runs."""
+"""What the first device is, where it decides which kernel runs, and how kernels are launched."""
 
 import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
+from jax.experimental import pallas as pl
 
 from moe_jax._types import Array
 
@@ -11,7 +15,7 @@ try:
 except ImportError:  # jax means to drop it one day
     triton = None
 
-__all__ = ["is_hopper", "runs_triton", "triton", "triton_or_xla"]
+__all__ = ["is_hopper", "launch", "runs_triton", "triton", "triton_or_xla"]
 
 
 def runs_triton() -> bool:
@@ -42,3 +46,54 @@ def triton_or_xla(implementation: str | None, x: Array, *, fits: bool) -> str:
         raise ValueError(f'implementation must be "xla" or "pallas", got {implementation!r}')
     pays = fits and x.dtype.itemsize == 2 and runs_triton() and is_hopper()
     return implementation or ("pallas" if pays else "xla")
+
+
+def launch(
+    kernel: Callable | functools.partial,
+    grid: tuple[int, ...],
+    inputs: tuple[Array, ...],
+    outputs: Any,
+    *,
+    num_warps: int,
+    num_stages: int | None = 3,
+    aliases: Mapping[int, int] = MappingProxyType({}),
+    interpret: bool,
+) -> Any:
+    """Run a kernel, named `_name_kernel`, on whole arrays, of which a program loads what it wants.
+
+    Args:
+      kernel: takes a reference to each input, then to each output.
+      grid: how many programs along each axis.
+      inputs: arrays.
+      outputs: a tree of shapes and dtypes.
+      num_warps: of a program.
+      num_stages: of a program's loops.
+      aliases: which input's memory becomes which output's.
+      interpret: run it as ordinary operations, on any device, to test it.
+
+    Returns:
+      Arrays like `outputs`.
+
+    Raises:
+      RuntimeError: jax has no Triton backend.
+    """
+    if triton is None:
+        raise RuntimeError(
+            "this jax has no Pallas kernels by Triton; choose another implementation"
+        )
+
+    def whole(x: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
+
+    name = getattr(kernel, "func", kernel).__name__
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[whole(x) for x in inputs],
+        out_specs=jax.tree.map(whole, outputs),
+        out_shape=outputs,
+        compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        input_output_aliases=dict(aliases),
+        interpret=interpret,
+        name=name.strip("_").removesuffix("_kernel"),
+    )(*inputs)

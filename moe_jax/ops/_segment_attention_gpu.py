@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from moe_jax._types import Array, Float
-from moe_jax.ops._kernel_parts import launch
+from moe_jax.ops._hardware import launch
 
 __all__ = ["backward", "forward"]
 

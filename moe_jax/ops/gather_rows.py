@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from moe_jax._types import Array, Float, Int
+from moe_jax.ops._hardware import launch, triton_or_xla
 from moe_jax.ops._hardware import triton as plgpu
-from moe_jax.ops._hardware import triton_or_xla
-from moe_jax.ops._kernel_parts import launch
 
 __all__ = ["gather_rows"]
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from moe_jax._types import Array, Dtype, Float
-from moe_jax.ops._hardware import triton_or_xla
-from moe_jax.ops._kernel_parts import launch
+from moe_jax.ops._hardware import launch, triton_or_xla
 from moe_jax.ops.activations import activate, gelu_tanh, gelu_tanh_slope
 from moe_jax.ops.grouped import BLOCK, Groups, block_sums, to_rows
 from moe_jax.ops.layer_norm import layer_norm, moments, pull_back

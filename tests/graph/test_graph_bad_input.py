@@ -9,7 +9,7 @@ from graph_cases import assert_identical
 
 from moe_jax.graph import FOREVER, KnowledgeGraph, insert, link, link_similar, neighbours, search
 from moe_jax.ops import exact_cosine, first_independent, nearest, normalize, top_k
-from moe_jax.ops.code import encode
+from moe_jax.ops.search import encode
 
 N, D, R = 20, 3, 8
 LEAST, MOST = -(2**31), 2**31 - 1

@@ -38,7 +38,7 @@ from moe_jax.graph import (
 from moe_jax.ops import encode, normalize
 
 probe_module = importlib.import_module("moe_jax.graph.probe")
-in_cells_module = importlib.import_module("moe_jax.ops.nearest_in_cells")
+in_cells_module = importlib.import_module("moe_jax.ops.search.in_cells")
 
 
 @pytest.mark.parametrize("first_pass", ["keys", "codes"])

@@ -25,7 +25,7 @@ from moe_jax.graph import KnowledgeGraph, _rounds, insert, record_reads
 from moe_jax.graph._leaders import Items, compare
 from moe_jax.graph._rounds import solve
 from moe_jax.graph._victims import pose
-from moe_jax.ops.nearest import SCORES_AT_ONCE
+from moe_jax.ops.search import SCORES_AT_ONCE
 from moe_jax.ops.similarity import normalize
 
 POLICIES = ["oldest", "least_used", "lowest_confidence"]

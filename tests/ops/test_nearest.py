@@ -8,16 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops import (
-    _coded_gpu,
-    _coded_xla,
-    _matmul_pick,
-    encode,
-    exact_cosine,
-    nearest,
-    normalize,
-)
-from moe_jax.ops._kernel_picks import chunk_of
+from moe_jax.ops import encode, exact_cosine, nearest, normalize
+from moe_jax.ops.search import _codes_gpu, _codes_xla, _matmul
+from moe_jax.ops.search._kernel_picks import chunk_of
 
 N, Q, D = 300, 6, 64
 KERNELS = "code" if jax.default_backend() == "gpu" else "interpret"
@@ -28,7 +21,7 @@ IMPLEMENTATIONS = sorted({"matmul", "code", KERNELS})
 def few_picked():
     """Far fewer rows than these tests have are picked in XLA, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_coded_xla, "num_to_pick", lambda k, n, is_certain: min(k + 6, n))
+        patch.setattr(_codes_xla, "num_to_pick", lambda k, n, is_certain: min(k + 6, n))
         nearest.clear_cache()
         yield
     nearest.clear_cache()
@@ -191,7 +184,7 @@ def copies_everywhere():
 @pytest.mark.parametrize("k", [1, 10])
 def test_sections_of_many_chunks(copies_everywhere, monkeypatch, num_sections, k):
     """As in large graphs: sections of 32 tiles, of four, and of one."""
-    monkeypatch.setattr(_coded_gpu, "_SECTIONS", num_sections)
+    monkeypatch.setattr(_codes_gpu, "_SECTIONS", num_sections)
     nearest.clear_cache()
     queries, keys = copies_everywhere
     mask = np.arange(6000) % 7 > 0
@@ -247,7 +240,7 @@ def test_queries_in_blocks(vectors, monkeypatch, implementation, mask, precision
         nearest, k=4, code=encode(keys), precision=precision, implementation=implementation
     )
     whole = find(queries, keys, jnp.asarray(MASKS[mask]))
-    module = importlib.import_module("moe_jax.ops.nearest")
+    module = importlib.import_module("moe_jax.ops.search.nearest")
     monkeypatch.setattr(module, "SCORES_AT_ONCE", 2 * N)
     nearest.clear_cache()
     run = jax.jit(find).lower(queries, keys, jnp.asarray(MASKS[mask])).compile()
@@ -264,14 +257,14 @@ def test_keys_in_chunks(vectors, monkeypatch, mask, k):
     queries, keys = vectors
     mask = jnp.asarray(MASKS[mask])
     for name, size in (("_CHUNK", 40), ("keys_at_once", lambda num_keys: 40)):
-        monkeypatch.setattr(_matmul_pick, name, size)
+        monkeypatch.setattr(_matmul, name, size)
     nearest.clear_cache()
     hits = {
         precision: nearest(queries, keys, mask, k, precision=precision, implementation="matmul")
         for precision in ("exact", "quick")
     }
-    every = _matmul_pick.best_of_all(queries, keys, jnp.atleast_2d(mask), k)
-    rough = _matmul_pick.roughly_best(queries, keys, jnp.atleast_2d(mask), k)
+    every = _matmul.best_of_all(queries, keys, jnp.atleast_2d(mask), k)
+    rough = _matmul.roughly_best(queries, keys, jnp.atleast_2d(mask), k)
     nearest.clear_cache()
     ids, scores, is_valid = expected(queries, keys, mask, k)
     for ours, want in zip(hits["exact"], (ids, scores, is_valid), strict=True):
@@ -289,9 +282,9 @@ def test_groups_of_keys(vectors, monkeypatch, mask, k):
     """The last chunk reaches back, copies tie across groups, and some groups have no candidate."""
     queries, keys = vectors
     for name, size in {"_SHORT_CHUNK": 32, "_GROUP": 2, "_MANY": 1, "_SPARE": 1}.items():
-        monkeypatch.setattr(_matmul_pick, name, size)
+        monkeypatch.setattr(_matmul, name, size)
     mask = jnp.asarray(MASKS[mask])
-    scores, ids = _matmul_pick.roughly_best(queries, keys, jnp.atleast_2d(mask), k)
+    scores, ids = _matmul.roughly_best(queries, keys, jnp.atleast_2d(mask), k)
     nearest.clear_cache()
     hits = nearest(queries, keys, mask, k, implementation="matmul")
     find = functools.partial(nearest, k=k, implementation="matmul")
@@ -310,7 +303,7 @@ def test_groups_of_keys(vectors, monkeypatch, mask, k):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels are chosen by size elsewhere")
 @pytest.mark.parametrize(("num_queries", "by_code"), [(1, True), (2, True), (3, False)])
 def test_few_queries_of_many_keys_read_codes_on_a_cpu(num_queries, by_code):
-    keys = jnp.zeros((_coded_xla.MIN_ROWS, D))
+    keys = jnp.zeros((_codes_xla.MIN_ROWS, D))
     code, mask = encode(keys), jnp.ones(keys.shape[0], bool)
 
     def find(queries):
@@ -330,9 +323,9 @@ def test_a_bound_holds_for_every_row_that_was_not_picked():
     queries[:, :2] += 30 * rng.normal(size=(2, 2))
     rows, queries = normalize(jnp.asarray(rows)), normalize(jnp.asarray(queries))
     table, mask = encode(rows), jnp.arange(2000) % 3 > 0
-    picks = [_coded_xla.pick(queries, table, mask, 32)]
+    picks = [_codes_xla.pick(queries, table, mask, 32)]
     if KERNELS == "interpret":
-        picks.append(_coded_gpu.pick(queries, table, mask, 32, interpret=True))
+        picks.append(_codes_gpu.pick(queries, table, mask, 32, interpret=True))
     cosine = np.asarray(rows, float) @ np.asarray(queries, float).T
     for picked, bound in picks:
         for query in range(2):
@@ -342,7 +335,7 @@ def test_a_bound_holds_for_every_row_that_was_not_picked():
 
 
 def test_larger_k_takes_fewer_rows():
-    is_supported = _coded_gpu.is_supported
+    is_supported = _codes_gpu.is_supported
     assert is_supported(2**25, 512, 48)
     assert not is_supported(2**25 + 1, 512, 25)
     assert is_supported(2**26, 512, 24)
@@ -356,8 +349,8 @@ def test_larger_k_takes_fewer_rows():
     assert not is_supported(100, 512, 1)
     for k in range(1, 49):
         for num_queries in (1, 5000):
-            assert _coded_gpu.num_to_pick(k, num_queries, 10**6) >= k + 4
-            assert _coded_gpu.num_to_pick(k, num_queries, 10**6, is_certain=True) >= k + 4
+            assert _codes_gpu.num_to_pick(k, num_queries, 10**6) >= k + 4
+            assert _codes_gpu.num_to_pick(k, num_queries, 10**6, is_certain=True) >= k + 4
 
 
 def test_no_row_is_sorted_whole():

@@ -1,4 +1,4 @@
-"""Kernels of the search by codes on NVIDIA GPUs; `_coded_gpu` says what each is for."""
+"""Kernels of the search by codes on NVIDIA GPUs; `_codes_gpu` says what each is for."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 
 from moe_jax._types import Array
 from moe_jax.ops._hardware import triton as plgpu
-from moe_jax.ops._kernel_parts import (
+from moe_jax.ops.search._kernel_parts import (
     Found,
     code_of,
     direction,
@@ -15,7 +15,13 @@ from moe_jax.ops._kernel_parts import (
     step_of,
     unit_of,
 )
-from moe_jax.ops._kernel_picks import chunk_of, largest, largest_chunks, largest_within, row_of
+from moe_jax.ops.search._kernel_picks import (
+    chunk_of,
+    largest,
+    largest_chunks,
+    largest_within,
+    row_of,
+)
 
 __all__ = ["CHUNK", "TILE", "chunk_bounds_kernel", "encode_kernel", "select_kernel"]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops.code import Code, encode
+from moe_jax.ops.search.code import Code, encode
 from moe_jax.ops.top_k import top_k
 
 __all__ = ["MAX_QUERIES", "MIN_ROWS", "NEEDS", "is_supported", "num_to_pick", "pick"]

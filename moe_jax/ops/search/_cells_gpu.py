@@ -12,22 +12,22 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from moe_jax._types import Array, Bool, Float, Int
+from moe_jax.ops._hardware import launch
 from moe_jax.ops._hardware import triton as plgpu
-from moe_jax.ops._kernel_parts import (
+from moe_jax.ops.search._kernel_parts import (
     Found,
     code_of,
     direction,
     fits_offsets,
     found_shapes,
-    launch,
     load_queries,
     score_and_store,
     step_of,
     takes_width,
     unit_of,
 )
-from moe_jax.ops._kernel_picks import largest_chunks, largest_within
-from moe_jax.ops.code import Code
+from moe_jax.ops.search._kernel_picks import largest_chunks, largest_within
+from moe_jax.ops.search.code import Code
 
 __all__ = ["is_supported", "probe"]
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops import _coded_gpu, _coded_xla, _matmul_pick
 from moe_jax.ops._hardware import runs_triton
 from moe_jax.ops.blocks import in_blocks
-from moe_jax.ops.code import Code
+from moe_jax.ops.search import _codes_gpu, _codes_xla, _matmul
+from moe_jax.ops.search.code import Code
 from moe_jax.ops.similarity import exact_cosine_at, normalize
 
 __all__ = ["SCORES_AT_ONCE", "Hits", "nearest"]
@@ -108,8 +108,8 @@ def nearest(
     def by_code() -> Hits:
         find = functools.partial(_by_code, among=among, code=code, how=how)
         # In plain XLA each query is a pass of its own, and memory is read for each.
-        at_once = max(1, SCORES_AT_ONCE // _coded_gpu.num_bounds(num_keys))
-        most = _coded_xla.MAX_QUERIES if how == "xla" else at_once
+        at_once = max(1, SCORES_AT_ONCE // _codes_gpu.num_bounds(num_keys))
+        most = _codes_xla.MAX_QUERIES if how == "xla" else at_once
         return in_blocks(find, (queries, unit, is_query), most)
 
     def by_matmul() -> Hits:
@@ -144,10 +144,10 @@ def _resolve(implementation: str | None, num_queries: int, among: _Among, code: 
     how = names[implementation or "code"]
     if how == "matmul":
         return how
-    codes = _coded_xla if how == "xla" else _coded_gpu
+    codes = _codes_xla if how == "xla" else _codes_gpu
     fits = code is not None and among.mask.shape[0] == 1 and codes.is_supported(*shape, among.k)
     if implementation is None:
-        is_few = num_queries <= _coded_xla.MAX_QUERIES and shape[0] >= _coded_xla.MIN_ROWS
+        is_few = num_queries <= _codes_xla.MAX_QUERIES and shape[0] >= _codes_xla.MIN_ROWS
         pays = runs_triton() if how == "kernels" else backend == "cpu" and is_few
         return how if fits and pays else "matmul"
     if not fits:
@@ -168,25 +168,25 @@ def _by_matmul(unit: Float[Array, "Q D"], is_query: Bool[Array, "Q"], among: _Am
         )
 
     inputs = (unit, is_query) if is_shared else (unit, is_query, among.mask)
-    num_scores = _matmul_pick.keys_at_once(among.keys.shape[0])
+    num_scores = _matmul.keys_at_once(among.keys.shape[0])
     return in_blocks(find, inputs, max(1, SCORES_AT_ONCE // num_scores))
 
 
 def _block_by_matmul(unit: Float[Array, "Q D"], is_query: Bool[Array, "Q"], among: _Among) -> Hits:
     keys, mask, k, _, precision = among
     if precision == "quick" and jax.default_backend() == "gpu":
-        picked, _ = _matmul_pick.pick(unit, keys, mask, k)
+        picked, _ = _matmul.pick(unit, keys, mask, k)
         return _hits(unit, *_best_of_picked(unit, keys, picked, k, _cosine_at), among)
     if precision == "quick":
-        scores, ids = _matmul_pick.roughly_best(unit, keys, mask, k)
+        scores, ids = _matmul.roughly_best(unit, keys, mask, k)
         return _hits(unit, ids, scores, among)
 
     def score_all(found: Hits, is_close: Array) -> Hits:
         del found, is_close
-        scores, ids = _matmul_pick.best_of_all(unit, keys, mask, k)
+        scores, ids = _matmul.best_of_all(unit, keys, mask, k)
         return _hits(unit, ids, scores, among)
 
-    picked = _matmul_pick.pick(unit, keys, mask, k)
+    picked = _matmul.pick(unit, keys, mask, k)
     return _best_of(picked, unit, is_query, among, score_all)
 
 
@@ -202,15 +202,15 @@ def _by_code(
     again = functools.partial(_again, unit=unit, search=functools.partial(_by_matmul, among=among))
     is_certain = precision == "exact"
     if how == "xla":
-        num_picked = _coded_xla.num_to_pick(k, keys.shape[0], is_certain=is_certain)
-        picked = _coded_xla.pick(unit, code, mask[0], num_picked)
+        num_picked = _codes_xla.num_to_pick(k, keys.shape[0], is_certain=is_certain)
+        picked = _codes_xla.pick(unit, code, mask[0], num_picked)
         return _best_of(picked, unit, is_query, among, again)
-    num_picked = _coded_gpu.num_to_pick(k, queries.shape[0], keys.shape[0], is_certain=is_certain)
+    num_picked = _codes_gpu.num_to_pick(k, queries.shape[0], keys.shape[0], is_certain=is_certain)
     options = {"num_picked": num_picked, "interpret": how == "interpret"}
     if precision == "quick":
-        found = _coded_gpu.find(queries, keys, code, mask[0], k=k, **options)
+        found = _codes_gpu.find(queries, keys, code, mask[0], k=k, **options)
         return Hits(found.ids, found.scores, found.is_found)
-    picked = _coded_gpu.pick(unit, code, mask[0], **options)
+    picked = _codes_gpu.pick(unit, code, mask[0], **options)
     return _best_of(picked, unit, is_query, among, again)
 
 

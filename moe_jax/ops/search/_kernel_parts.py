@@ -1,9 +1,6 @@
-"""Parts of the search kernels for NVIDIA GPUs: launches, directions of queries, full scores."""
+"""Parts of the search kernels for NVIDIA GPUs: directions of queries, full scores."""
 
-import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +16,6 @@ __all__ = [
     "direction",
     "fits_offsets",
     "found_shapes",
-    "launch",
     "load_queries",
     "score_and_store",
     "step_of",
@@ -82,57 +78,6 @@ def fits_offsets(num_rows: int, dim: int) -> bool:
 def takes_width(dim: int) -> bool:
     """Whether the kernels can take vectors so wide: whole steps, and a vector in registers."""
     return dim % 64 == 0 and dim <= 4096
-
-
-def launch(
-    kernel: Callable | functools.partial,
-    grid: tuple[int, ...],
-    inputs: tuple[Array, ...],
-    outputs: Any,
-    *,
-    num_warps: int,
-    num_stages: int | None = 3,
-    aliases: Mapping[int, int] = MappingProxyType({}),
-    interpret: bool,
-) -> Any:
-    """Run a kernel, named `_name_kernel`, on whole arrays, of which a program loads what it wants.
-
-    Args:
-      kernel: takes a reference to each input, then to each output.
-      grid: how many programs along each axis.
-      inputs: arrays.
-      outputs: a tree of shapes and dtypes.
-      num_warps: of a program.
-      num_stages: of a program's loops.
-      aliases: which input's memory becomes which output's.
-      interpret: run it as ordinary operations, on any device, to test it.
-
-    Returns:
-      Arrays like `outputs`.
-
-    Raises:
-      RuntimeError: jax has no Triton backend.
-    """
-    if plgpu is None:
-        raise RuntimeError(
-            "this jax has no Pallas kernels by Triton; choose another implementation"
-        )
-
-    def whole(x: Any) -> pl.BlockSpec:
-        return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
-
-    name = getattr(kernel, "func", kernel).__name__
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=[whole(x) for x in inputs],
-        out_specs=jax.tree.map(whole, outputs),
-        out_shape=outputs,
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-        input_output_aliases=dict(aliases),
-        interpret=interpret,
-        name=name.strip("_").removesuffix("_kernel"),
-    )(*inputs)
 
 
 def step_of(dim: int, at_most: int) -> int:

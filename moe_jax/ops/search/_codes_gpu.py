@@ -16,22 +16,22 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops._coded_kernels import (
+from moe_jax.ops._hardware import launch
+from moe_jax.ops.search._codes_kernels import (
     CHUNK,
     TILE,
     chunk_bounds_kernel,
     encode_kernel,
     select_kernel,
 )
-from moe_jax.ops._kernel_parts import (
+from moe_jax.ops.search._kernel_parts import (
     Found,
     fits_offsets,
     found_shapes,
-    launch,
     step_of,
     takes_width,
 )
-from moe_jax.ops.code import Code
+from moe_jax.ops.search.code import Code
 
 __all__ = ["MAX_K", "NEEDS", "find", "is_supported", "num_bounds", "num_to_pick", "pick"]
 

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops import _cells_gpu, _coded_gpu
-from moe_jax.ops.code import Code
-from moe_jax.ops.nearest import Hits
+from moe_jax.ops.search import _cells_gpu, _codes_gpu
+from moe_jax.ops.search.code import Code
+from moe_jax.ops.search.nearest import Hits
 from moe_jax.ops.similarity import dot_rows, exact_cosine_at, normalize
 from moe_jax.ops.top_k import top_k
 
 __all__ = ["MAX_FUSED_K", "Lists", "can_fuse", "nearest_in_cells"]
 
-MAX_FUSED_K = _coded_gpu.MAX_K
+MAX_FUSED_K = _codes_gpu.MAX_K
 """The largest k that the kernels for NVIDIA GPUs take."""
 
 # So many rows are scored in full for each that is asked for. Keys of texts lie close together: of
