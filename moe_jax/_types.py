@@ -7,9 +7,9 @@ R results or reports, V vocabulary.
 
 from typing import Any
 
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, UInt32
 
-__all__ = ["Array", "Bool", "Dtype", "Float", "Int", "PRNGKey", "UInt32", "Variables"]
+__all__ = ["Array", "Bool", "Dtype", "Float", "Int", "Integer", "PRNGKey", "UInt32", "Variables"]
 
 PRNGKey = Key[Array, ""] | UInt32[Array, "2"]
 Dtype = Any

@@ -113,7 +113,7 @@ def main() -> None:
             prog="moe-jax",
             description="Train mixtures of experts that remember, and ask what they remember.",
         )
-    except (RunError, CheckpointError, DivergedError, ValueError, FileNotFoundError) as error:
+    except (RunError, CheckpointError, DivergedError, ValueError, OSError) as error:
         print(f"moe-jax: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

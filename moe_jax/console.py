@@ -117,7 +117,7 @@ def insight_table(query: str, insights: Sequence[Insight], names: Sequence[str] 
 
     Example:
         >>> insight_table("def f():", []).row_count
-        0
+        1
     """
     # Text, not str: source code is full of what rich would take for markup.
     table = Table(title=Text(f"query: {query}"), title_justify="left", expand=True, box=SIMPLE_HEAD)
@@ -135,6 +135,8 @@ def insight_table(query: str, insights: Sequence[Insight], names: Sequence[str] 
         expert = names[insight.expert] if names else str(insight.expert)
         sure = f"{insight.confidence:.2f}"
         table.add_row(f"{insight.similarity:.3f}", Text(expert), sure, source)
+    if not insights:
+        table.add_row("", "", "", "nothing: the graph is empty, since no write was due yet")
     return table
 
 

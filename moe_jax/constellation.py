@@ -1,5 +1,6 @@
 """The constellation: a supervisor, a bank of experts, and the way between them and back."""
 
+import functools
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -9,7 +10,13 @@ import jax.numpy as jnp
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.experts import ExpertBank, ExpertOutput, Rows
 from moe_jax.ops.grouped import is_row
-from moe_jax.reports import DraftReports, batch_reports, choice_reports, sequence_reports
+from moe_jax.reports import (
+    DraftReports,
+    batch_reports,
+    choice_reports,
+    in_sequences,
+    sequence_reports,
+)
 from moe_jax.routing import (
     Choices,
     RoutingPlan,
@@ -104,7 +111,13 @@ class Constellation(nn.Module):
 
         Returns:
             Outputs, plan and reports.
+
+        Raises:
+            ValueError: an attribute is not one of its values, or supervisor and bank differ in E.
         """
+        self._check()
+        if is_valid is not None:
+            x = jnp.where(is_valid[..., None], x, 0)
         embeddings = self.param(
             "expert_embeddings",
             nn.initializers.normal(1.0),
@@ -116,6 +129,21 @@ class Constellation(nn.Module):
         return ConstellationOutput(
             output=output, confidence=confidence, logits=logits, plan=plan, reports=reports
         )
+
+    def _check(self) -> None:
+        for name, allowed in (
+            ("dispatch", ("capacity", "dropless")),
+            ("context", ("routed", "sequence")),
+            ("group", ("sequence", "batch")),
+            ("report_scope", ("sequence", "batch", "none")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.supervisor.num_experts != self.bank.num_experts:
+            raise ValueError(
+                f"supervisor and bank must have the same num_experts, got "
+                f"{self.supervisor.num_experts} and {self.bank.num_experts}"
+            )
 
     def _dropless(self, x, choices, is_valid, source, is_training):
         """Each choice is computed in a row of its own, next to its expert's others."""
@@ -235,16 +263,11 @@ class Constellation(nn.Module):
             return None
         expert = jax.lax.stop_gradient(expert)
         make = sequence_reports if self.report_scope == "sequence" else batch_reports
+        make = functools.partial(make, expert, takes_part, position)
         if self.group == "batch":
-            length, source = batch * length, None
-        return make(
-            expert,
-            takes_part,
-            position,
-            length=length,
-            num_positions=self.num_positions,
-            source=source,
-        )
+            reports = make(length=batch * length, num_positions=self.num_positions)
+            return in_sequences(reports, batch, length, source)
+        return make(length=length, num_positions=self.num_positions, source=source)
 
 
 def _plan(choices: Choices, index: RowIndex) -> RoutingPlan:
@@ -252,4 +275,4 @@ def _plan(choices: Choices, index: RowIndex) -> RoutingPlan:
     row = index.row_of_choice.reshape(choices.expert.shape)
     has_row = row < index.groups.num_rows
     slot = jnp.where(has_row, row - index.groups.start[choices.expert], 0)
-    return RoutingPlan(*choices, slot=slot, is_kept=has_row)
+    return RoutingPlan(choices.expert, choices.weight, slot=slot, is_kept=has_row)

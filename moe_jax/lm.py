@@ -1,16 +1,17 @@
 """A byte-level causal language model whose feed-forward layers are `MoESystem`s."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax._types import Array, Bool, Dtype, Float, Int
+from moe_jax._types import Array, Bool, Dtype, Float, Int, Integer
 from moe_jax.config import LanguageModelConfig, MoEConfig
 from moe_jax.graph import KnowledgeGraph
 from moe_jax.routing import RoutingStats
-from moe_jax.system import MoEOutput, MoESystem
+from moe_jax.system import MoEOutput, MoESystem, checked_mask
 
 
 class LanguageModelOutput(NamedTuple):
@@ -34,9 +35,11 @@ class LanguageModelOutput(NamedTuple):
 class MoELanguageModel(nn.Module):
     """Embedding -> blocks of causal attention and sparse experts -> norm -> head.
 
-    Causal for certain: the output at t depends on inputs up to t alone, drops included. The last
-    block's system writes draft reports and, when `moe.memory_read`, reads the graph; the blocks
-    before it only compute.
+    Causal for certain: the output at t depends on inputs up to t alone, drops included. With
+    `moe.dispatch="capacity"` it depends on S, too, by which slots are counted: a text alone and in
+    a longer padded row may drop other choices, where "dropless" drops none. The last block's system
+    writes draft reports and, when `moe.memory_read`, reads the graph; the blocks before it only
+    compute.
 
     Attributes:
         config: everything that shapes the model.
@@ -59,15 +62,19 @@ class MoELanguageModel(nn.Module):
         self.embedding = nn.Embed(c.vocab_size, width, embedding_init=nn.initializers.normal(0.5))
         if c.ngram_sizes:
             self.ngrams = NgramEmbedding(width, c.ngram_sizes, c.ngram_rows, c.ngram_dim)
-        inner = c.moe.replace(report_scope="none", memory_read=False)
+        inner = c.moe.replace(
+            report_scope="none", memory_read=False, librarian_contrastive_weight=0.0
+        )
         systems = [inner] * (c.num_layers - 1) + [c.moe]
         self.blocks = [_Block(system, c.num_heads) for system in systems]
         self.norm = nn.RMSNorm(dtype=dtype)
-        self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=dtype)
+        # Sums in float32 are kept: a softmax wants more digits than bfloat16 has.
+        dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=dtype, dot_general=dot)
 
     def __call__(
         self,
-        tokens: Int[Array, "B S"],
+        tokens: Integer[Array, "B S"],
         graph: KnowledgeGraph | None = None,
         *,
         is_valid: Bool[Array, "B S"] | None = None,
@@ -77,9 +84,9 @@ class MoELanguageModel(nn.Module):
         """Predicts the token after each input.
 
         Args:
-            tokens: [B, S] ids below V.
+            tokens: [B, S] ids, of any integer dtype; one that is not in [0, V) is padding.
             graph: the memory; needed when `moe.memory_read`.
-            is_valid: [B, S], False for padding.
+            is_valid: [B, S], False for padding, wherever it lies.
             source: [B, 2] document id and offset of each sequence's first target.
             is_training: training capacity, dropout and router noise.
 
@@ -87,7 +94,8 @@ class MoELanguageModel(nn.Module):
             Logits, the last system's output, losses and statistics.
 
         Raises:
-            ValueError: tokens are not [B, S] or longer than `max_length`.
+            ValueError: tokens are not [B, S] or longer than `max_length`, or is_valid or source has
+                another shape.
         """
         c = self.config
         if tokens.ndim != 2 or tokens.shape[1] > c.max_length:
@@ -95,9 +103,13 @@ class MoELanguageModel(nn.Module):
                 f"tokens must have shape [B, S] with S at most max_length={c.max_length}, "
                 f"got {tokens.shape}"
             )
-        x = self.embedding(tokens)
+        tokens = tokens.astype(jnp.int32)
+        is_symbol = (tokens >= 0) & (tokens < c.vocab_size)
+        mask = checked_mask(is_valid, tokens.shape)
+        is_valid = is_symbol if mask is None else mask & is_symbol
+        x = self.embedding(jnp.where(is_valid, tokens, 0))
         if c.ngram_sizes:
-            x = x + self.ngrams(tokens)
+            x = x + self.ngrams(jnp.where(is_valid, tokens, -1))
         x = x.astype(c.moe.compute_dtype)
         outputs = []
         for block in self.blocks:
@@ -105,7 +117,7 @@ class MoELanguageModel(nn.Module):
             outputs.append(output)
         hidden = self.norm(x)
         return LanguageModelOutput(
-            logits=self.head(hidden).astype(jnp.float32),
+            logits=self.head(hidden),
             hidden=hidden,
             moe=outputs[-1],
             auxiliary_loss=jnp.mean(jnp.stack([output.losses.total for output in outputs])),
@@ -149,11 +161,13 @@ class NgramEmbedding(nn.Module):
         return nn.Dense(self.width, use_bias=False, name="project")(found)
 
 
-def ngram_ids(tokens: Int[Array, "B S"], sizes: tuple[int, ...], rows: int) -> Int[Array, "B S I"]:
+def ngram_ids(
+    tokens: Integer[Array, "B S"], sizes: tuple[int, ...], rows: int
+) -> Int[Array, "B S I"]:
     """Rows of a stacked n-gram table, by a multiplicative hash of the last n tokens.
 
     Args:
-        tokens: [B, S], at least 0.
+        tokens: [B, S]; -1 for none, as before the first.
         sizes: n-gram sizes; size i owns the rows [i * rows, (i + 1) * rows).
         rows: rows per size.
 
@@ -166,6 +180,7 @@ def ngram_ids(tokens: Int[Array, "B S"], sizes: tuple[int, ...], rows: int) -> I
         >>> bool(a[2] == a[4]), bool(a[1] == a[2])
         (True, False)
     """
+    tokens = tokens.astype(jnp.int32)
     # Knuth's multiplicative constant, and a shift that mixes high bits into low ones.
     factor, hashes = jnp.uint32(2654435761), []
     for i, size in enumerate(sizes):
@@ -234,6 +249,8 @@ class CausalAttention(nn.Module):
         fused = nn.Dense(3 * width, use_bias=False, dtype=self.dtype, name="qkv")(x)
         heads = fused.reshape(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = (heads[:, :, i] for i in range(3))
+        if is_valid is not None:  # padding blends into no key, and its numbers do not matter
+            key, value = (jnp.where(is_valid[..., None, None], a, 0) for a in (key, value))
         blend = self.param("smear", nn.initializers.zeros, (self.num_heads, heads.shape[-1]))
         blend = jax.nn.sigmoid(blend).astype(key.dtype)[None, None]
         previous = jnp.pad(key, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :length]

@@ -155,6 +155,40 @@ def choice_reports(
     return make(said, length, num_positions, source)
 
 
+def in_sequences(
+    reports: DraftReports, batch: int, length: int, source: Int[Array, "B 2"] | None
+) -> DraftReports:
+    """Reports on all sequences end to end, told in terms of each.
+
+    Args:
+        reports: whose positions count through B * S tokens.
+        batch: B.
+        length: S.
+        source: [B, 2] document id and offset of each sequence's first token.
+
+    Returns:
+        The reports with positions in their sequences, that of the most confident token, and its
+        source.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> out = ExpertOutput(output=jnp.ones((1, 1, 8, 4)), confidence=jnp.ones((1, 1, 8)))
+        >>> place = jnp.arange(8)[None, None] + 8
+        >>> whole = batch_reports(out, place > 11, place, length=16, num_positions=2)
+        >>> told = in_sequences(whole, 2, 8, None)
+        >>> told.sequence.tolist(), told.positions.tolist()
+        ([1], [[4, 5]])
+    """
+    is_there = reports.positions < batch * length
+    sequence = jnp.where(is_there[:, 0], reports.positions[:, 0] // length, 0)
+    positions = jnp.where(is_there, reports.positions % length, length)
+    return reports._replace(
+        sequence=sequence,
+        positions=positions,
+        source=_sources(source, sequence, positions[:, 0], length),
+    )
+
+
 class _Said(NamedTuple):
     """What each expert said of each sequence: the mean of its outputs, and how sure it was."""
 

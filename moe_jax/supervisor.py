@@ -74,7 +74,16 @@ class Supervisor(nn.Module):
 
         Returns:
             Logits and choices.
+
+        Raises:
+            ValueError: gating_type is unknown, or num_heads does not divide D.
         """
+        if self.gating_type not in ("topk", "noisy_topk", "dense"):
+            raise ValueError(
+                f'gating_type must be "topk", "noisy_topk" or "dense", got {self.gating_type!r}'
+            )
+        if x.shape[-1] % self.num_heads:
+            raise ValueError(f"num_heads must divide D={x.shape[-1]}, got {self.num_heads}")
         x = x.astype(jnp.float32)
         seen = _EmbeddingAttention(self.num_heads, name="attention")(x, expert_embeddings)
         if self.residual:

@@ -200,7 +200,9 @@ class Graph:
 
     def search(self, unit, k, threshold=-1.0, accept=lambda slot: True):
         scored = [(-cosine(unit, self.nodes[n]["key"]), n) for n in self.nodes if accept(n)]
-        return [(n, -s) for s, n in sorted(scored)[:k] if -s >= F32(threshold)]
+        # Rounding takes cosines of opposite vectors below -1, and those of equal ones below 1.
+        least = -np.inf if threshold <= -1 else min(F32(threshold), F32(1 - 1e-5))
+        return [(n, -s) for s, n in sorted(scored)[:k] if -s >= least]
 
     def arrays(self):
         """The same leaves as the fast graph, as a dict of numpy arrays."""

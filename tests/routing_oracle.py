@@ -25,14 +25,17 @@ def topk(logits, k, bias=None):
     return expert, weight
 
 
-def plan(expert, weight, capacity, priority, is_valid):
-    """One dict per row of the batch: the slot of each (token, choice) that found one."""
+def plan(expert, best, capacity, priority, is_valid):
+    """One dict per row of the batch: the slot of each (token, choice) that found one.
+
+    `best` [B, S] is the probability of a token's first choice among all experts.
+    """
     batch, length, num_choices = expert.shape
     rows = []
     for b in range(batch):
         tokens = [s for s in range(length) if is_valid[b, s]]
         if priority == "probability":
-            tokens = sorted(tokens, key=lambda s: (-weight[b, s, 0], s))
+            tokens = sorted(tokens, key=lambda s: (-best[b, s], s))
         if priority == "position":
             order = [(s, k) for s in tokens for k in range(num_choices)]
         else:

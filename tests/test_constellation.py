@@ -236,8 +236,18 @@ def test_slots_can_be_shared_by_the_batch():
     for e in range(E):
         used = plan.slot[(plan.expert == e) & plan.is_kept]
         np.testing.assert_array_equal(np.sort(used), np.arange(len(used)))
-    named = np.asarray(shared.reports.positions)
-    assert named.max() >= S  # positions count through the whole batch
+    by_sequence = compiled(report_scope="batch", **AMPLE)[1]
+    source = jnp.stack([jnp.arange(B) * 7, jnp.arange(B) * 100], axis=1)
+    reports = run(variables_of(), x, is_valid=is_valid, source=source).reports
+    row, first = np.asarray(reports.sequence), np.asarray(reports.positions)[:, 0]
+    chosen = np.asarray(shared.plan.expert)
+    exists = np.asarray(reports.is_valid)
+    assert set(row[exists]) > {0}
+    for e in np.flatnonzero(exists):
+        assert e in chosen[row[e], first[e]]  # the position is in that sequence
+        np.testing.assert_array_equal(reports.source[e], [7 * row[e], 100 * row[e] + first[e]])
+    own = by_sequence(variables_of(), x, is_valid=is_valid, source=source).reports
+    np.testing.assert_allclose(reports.confidence, own.confidence, rtol=1e-5)
 
 
 def test_no_gradient_flows_through_reports():

@@ -9,7 +9,7 @@ import pytest
 from random_variables import random_variables
 
 from moe_jax import KnowledgeGraph, LanguageModelConfig
-from moe_jax.config import tiny
+from moe_jax.config import smallest_run, tiny
 from moe_jax.graph import insert
 from moe_jax.lm import CausalAttention, MoELanguageModel, ngram_ids, rotate
 
@@ -189,3 +189,40 @@ def test_attention_sees_valid_earlier_tokens_only():
         after = run(variables, x.at[:, t].multiply(-1.0), is_valid)
         np.testing.assert_array_equal(after[:, :t], before[:, :t])
     assert not np.array_equal(run(variables, x, jnp.ones_like(is_valid)), before)
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_padding_anywhere_and_of_any_id_changes_nothing(dispatch):
+    config = model_config(dispatch)
+    model, tokens = MoELanguageModel(config), jax.random.randint(jax.random.key(0), (2, 16), 0, 256)
+    variables = jax.jit(model.init)(jax.random.key(1), tokens)
+    run = jax.jit(model.apply)
+    for valid in (jnp.arange(16) >= 6, jnp.arange(16) < 10):
+        valid = jnp.broadcast_to(valid[None], tokens.shape)
+        want = run(variables, jnp.where(valid, tokens, 7), is_valid=valid).logits[valid]
+        for pad in (0, 255, config.vocab_size, -1, -100, 10_000):
+            got = run(variables, jnp.where(valid, tokens, pad), is_valid=valid).logits[valid]
+            np.testing.assert_array_equal(got, want)
+        # An id that is no symbol is padding without being told.
+        got = run(variables, jnp.where(valid, tokens, -1)).logits[valid]
+        np.testing.assert_array_equal(got, want)
+
+
+def model_config(dispatch):
+    config = smallest_run().model
+    return config.replace(
+        moe=config.moe.replace(dispatch=dispatch, librarian_contrastive_weight=0.1, dropout=0.0),
+        ngram_sizes=(2, 3), num_layers=2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32"])
+def test_tokens_of_any_integer_dtype(dtype):
+    tokens = np.array([[254, 3, 4, 255, 3]])
+    ids = ngram_ids(jnp.asarray(tokens), (2, 3), 64)
+    np.testing.assert_array_equal(ngram_ids(jnp.asarray(tokens, dtype), (2, 3), 64), ids)
+    model = MoELanguageModel(model_config("capacity"))
+    variables = jax.jit(model.init)(jax.random.key(1), jnp.asarray(tokens))
+    run = jax.jit(model.apply)
+    want = run(variables, jnp.asarray(tokens)).logits
+    np.testing.assert_array_equal(run(variables, jnp.asarray(tokens, dtype)).logits, want)

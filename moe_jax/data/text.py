@@ -131,8 +131,12 @@ def is_held_out_name(name: str, one_in: int = 10) -> bool:
       >>> [is_held_out_name(f"{i}.txt") for i in range(4)]
       [False, False, False, False]
     """
+    return _name_hash(name) % one_in == 0
+
+
+def _name_hash(name: str) -> int:
     digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % one_in == 0
+    return int.from_bytes(digest, "big")
 
 
 class _Found(NamedTuple):
@@ -156,7 +160,8 @@ def load_corpus(
     Args:
       paths: Files or folders. The default is the source of the Python standard library on this
         machine (`*.py`, without tests and installed packages).
-      held_out_one_in: One file in this many is held out, by a hash of its relative name.
+      held_out_one_in: One file in this many is held out, by a hash of its relative name; at least
+        one, and not all.
       max_bytes: The most bytes the corpus may hold.
 
     Returns:
@@ -184,7 +189,11 @@ def load_corpus(
     found = sorted(f for root in roots for f in _find(root, is_stdlib))
     kept, contents, skipped = _read_all(found, max_bytes)
     is_held_out = np.array([is_held_out_name(f.relative, held_out_one_in) for f in kept], bool)
-    _check_split(is_held_out, len(found), skipped, held_out_one_in)
+    if len(kept) > 1 and is_held_out.all() == is_held_out.any():
+        # So few files that the share holds out none or all: then one, chosen by the names alone.
+        is_held_out[:] = False
+        is_held_out[min(range(len(kept)), key=lambda i: _name_hash(kept[i].relative))] = True
+    _check_split(is_held_out, len(found), skipped)
     return Corpus(
         names=_display_names(kept),
         paths=tuple(f.path for f in kept),
@@ -280,12 +289,11 @@ def _display_names(files: list[_Found]) -> tuple[str, ...]:
     return tuple(used)
 
 
-def _check_split(held: np.ndarray, num_found: int, skipped: Skipped, one_in: int) -> None:
+def _check_split(held: np.ndarray, num_found: int, skipped: Skipped) -> None:
     if held.any() and not held.all():
         return
     reasons = ", ".join(f"{n} {reason}" for reason, n in skipped._asdict().items())
     raise ValueError(
-        f"paths: {num_found} files found ({reasons}), which leaves {int((~held).sum())} for "
-        f"training and {int(held.sum())} held out; both must hold at least one. Give more files "
-        f"or change held_out_one_in={one_in} (the split is by a hash of each file's name)"
+        f"paths: {num_found} files found ({reasons}), which leaves {held.size} to learn from; "
+        "there must be at least two, since whole files are held out"
     )

@@ -61,7 +61,8 @@ class ExpertBank(nn.Module):
             padding must not be used.
 
         Raises:
-            ValueError: there are not E buffers or groups, or the experts cannot run on rows.
+            ValueError: remat is unknown, there are not E buffers or groups, or the experts cannot
+                run on rows.
         """
         self._check(x, rows)
 
@@ -95,6 +96,8 @@ class ExpertBank(nn.Module):
         return stacked(self.expert, x, is_valid, position)
 
     def _check(self, x: Float[Array, "*E C D"], rows: Rows | None) -> None:
+        if self.remat not in ("none", "dots", "full"):
+            raise ValueError(f'remat must be "none", "dots" or "full", got {self.remat!r}')
         if rows is None:
             if x.shape[0] != self.num_experts:
                 raise ValueError(

@@ -68,6 +68,18 @@ def ids(name: str, value: ArrayLike) -> Int[Array, "R"]:
     return array(name, value, jnp.int32)
 
 
+def cosine_threshold(threshold: ArrayLike) -> Array | None:
+    """A least cosine; None, which spares a transfer, for a number that all reach."""
+    if isinstance(threshold, int | float) and threshold <= -1:
+        return None
+    return scalar("threshold", threshold, jnp.float32)
+
+
+def reachable(threshold: Array) -> Array:
+    """A threshold of 1 or -1 as what equal and opposite vectors reach, rounding included."""
+    return jnp.where(threshold <= -1.0, -jnp.inf, jnp.minimum(threshold, 1.0 - 1e-5))
+
+
 def scalar(name: str, value: ArrayLike, dtype: Dtype) -> Array:
     """The argument as a scalar array; ValueError where it has an axis."""
     if np.shape(value) != ():

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Int
@@ -106,10 +105,11 @@ def expire(
       >>> int(num_expired), graph.is_live.tolist()
       (1, [False, True, False, False])
     """
-    if isinstance(ttl, (int, np.integer)) and ttl < 0:
-        raise ValueError(f"ttl must be at least 0, got {ttl}")
     now = graph.clock if now is None else scalar("now", now, jnp.int32)
-    return _expire(graph, scalar("ttl", ttl, jnp.int32), now)
+    ticks = scalar("ttl", ttl, jnp.int32)
+    if not isinstance(ticks, jax.core.Tracer) and ticks < 0:
+        raise ValueError(f"ttl must be at least 0, got {ttl}")
+    return _expire(graph, jnp.maximum(ticks, 0), now)
 
 
 @jax.jit

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.graph._arguments import check_choice, scalar, vectors, whole_number
+from moe_jax.graph._arguments import (
+    check_choice,
+    cosine_threshold,
+    reachable,
+    vectors,
+    whole_number,
+)
 from moe_jax.graph._filters import FILTERS, given_filters, shared_mask
 from moe_jax.graph.cells import Cells, check_cells
 from moe_jax.graph.query import Hits, above
@@ -102,12 +108,9 @@ def search_cells(
             f"{first_pass=}, {k=}, width {graph.dim} and filters of shapes "
             f"{ {name: value.shape for name, value in wanted.items()} }"
         )
-    if isinstance(threshold, float) and threshold == -1.0:
-        threshold = None  # spares a transfer in each call
-    else:
-        threshold = scalar("threshold", threshold, jnp.float32)
+    threshold = cosine_threshold(threshold)
     # Only what a search reads: handing over whole states takes the host longer than the search.
-    lists = Lists(cells.centroids, cells.members, cells.overflow)
+    lists = Lists(cells.centroids, cells.members, cells.overflow, cells.counts > 0)
     return _search(
         graph.key, graph.codes, graph.is_live, fields, lists, queries, wanted, threshold,
         k=k, probes=probes, first_pass=first_pass, reproducible=reproducible,
@@ -159,4 +162,4 @@ def _search(
         wanted = {name: jnp.broadcast_to(value, (rows,)) for name, value in wanted.items()}
         at_once = max(1, _CODES_AT_ONCE // (lists.num_places(probes) * dim))
         hits = in_blocks(by_row, (queries, wanted), at_once)
-    return hits if threshold is None else above(hits, threshold, num_nodes)
+    return hits if threshold is None else above(hits, reachable(threshold), num_nodes)

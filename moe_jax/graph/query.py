@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from moe_jax._types import Array, Bool, Float
-from moe_jax.graph._arguments import scalar, vectors, whole_number
+from moe_jax.graph._arguments import cosine_threshold, reachable, vectors, whole_number
 from moe_jax.graph._filters import FILTERS, given_filters, shared_mask
 from moe_jax.graph.state import KnowledgeGraph
 from moe_jax.ops.blocks import in_blocks
@@ -68,10 +68,7 @@ def search(
     k = whole_number("k", k, 1, graph.num_nodes, " (node slots)")
     given = (expert_id, kind, as_of, min_confidence)
     filters, fields = given_filters(graph, queries.shape[0], given)
-    if isinstance(threshold, float) and threshold == -1.0:
-        threshold = None  # spares a transfer in each call
-    else:
-        threshold = scalar("threshold", threshold, jnp.float32)
+    threshold = cosine_threshold(threshold)
     # Only what a search reads: handing over the whole graph takes the host longer than the search.
     return _search(
         graph.key, graph.codes, graph.is_live, fields, queries, filters, threshold,
@@ -94,6 +91,7 @@ def _search(
     implementation: str | None,
 ) -> Hits:
     keys, codes, queries = jax.lax.stop_gradient((keys, codes, queries))
+    threshold = None if threshold is None else reachable(threshold)
     floor = -jnp.inf if threshold is None else threshold
     is_candidate = shared_mask(is_live, filters, fields)
     by_query = {name: wanted for name, wanted in filters.items() if wanted.ndim == 1}

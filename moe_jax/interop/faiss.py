@@ -273,6 +273,8 @@ class FaissIndex:
         Fetches more until what was left out scores less than the last one wanted, or than the
         threshold.
         """
+        if threshold <= -1.0:
+            threshold = -np.inf  # opposite vectors may be rounded to less than -1
         most = self._store.num_rows
         fetch = min(most, k + _SPARE)
         ids = np.full((len(unit), k), self.num_nodes)

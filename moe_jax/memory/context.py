@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from moe_jax._types import Array, Float, Int
+from moe_jax._types import Array, Float, Integer
 from moe_jax.ops import normalize
 
 __all__ = ["ContextVectors", "Projection", "signature"]
@@ -99,13 +99,18 @@ class ContextVectors:
         variance, axes = jnp.linalg.eigh(cov)
         variance, axes = variance[::-1][: self.hidden_dim], axes[:, ::-1][:, : self.hidden_dim]
         deviation = jnp.sqrt(jnp.maximum(variance, 1e-6))
-        return Projection(mean, axes / (deviation**self.whitening)[None])
+        # Directions in which a small sample does not vary are arbitrary: whitened, they would
+        # drown the others on any other text.
+        is_fitted = variance > 1e-6 * variance[0]
+        return Projection(
+            mean, jnp.where(is_fitted[None], axes / (deviation**self.whitening)[None], 0.0)
+        )
 
     def __call__(
         self,
         projection: Projection,
         hidden: Float[Array, "B S D"],
-        tokens: Int[Array, "B S"],
+        tokens: Integer[Array, "B S"],
     ) -> Float[Array, "B S W"]:
         """Context vectors of every position; position s depends on tokens up to s.
 
@@ -128,7 +133,7 @@ class ContextVectors:
 
 
 def signature(
-    tokens: Int[Array, "B S"], lengths: tuple[int, ...], dim: int
+    tokens: Integer[Array, "B S"], lengths: tuple[int, ...], dim: int
 ) -> Float[Array, "B S W"]:
     """A vector whose inner products count at how many lengths two contexts are the same.
 
@@ -138,7 +143,8 @@ def signature(
     give or take 1 / sqrt(dim).
 
     Args:
-        tokens: [B, S], at least 0; before the first token stands a symbol of its own.
+        tokens: [B, S], of any integer dtype, at least 0; before the first token stands a symbol of
+            its own.
         lengths: numbers of last tokens.
         dim: W, a multiple of 32.
 
@@ -152,6 +158,7 @@ def signature(
         (True, True)
     """
     wanted = {n: i for i, n in enumerate(sorted(set(lengths)))}
+    tokens = tokens.astype(jnp.int32)
     code, codes = jnp.zeros(tokens.shape, jnp.uint32), {}
     for back in range(max(lengths)):
         shifted = jnp.pad(tokens, ((0, 0), (back, 0)), constant_values=-1)[:, : tokens.shape[1]]

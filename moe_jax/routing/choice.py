@@ -14,10 +14,13 @@ class Choices(NamedTuple):
     Attributes:
         expert: [B, S, K] int32, best first.
         weight: [B, S, K] float32, at least 0, summing to 1 over K.
+        probability: [B, S, K] float32, a softmax over all experts at the chosen ones; None where
+            the router gives no such thing.
     """
 
     expert: Int[Array, "B S K"]
     weight: Float[Array, "B S K"]
+    probability: Float[Array, "B S K"] | None = None
 
 
 def topk(logits: Float[Array, "B S E"], k: int, bias: Float[Array, "E"] | None = None) -> Choices:
@@ -51,7 +54,12 @@ def topk(logits: Float[Array, "B S E"], k: int, bias: Float[Array, "E"] | None =
     # top_k puts -0.0 below 0.0, which would decide a tie by a sign that means nothing.
     _, expert = jax.lax.top_k(jnp.where(rank == 0, 0.0, rank), k)
     best = jnp.take_along_axis(logits, expert, axis=-1)
-    return Choices(expert=expert.astype(jnp.int32), weight=jax.nn.softmax(best, axis=-1))
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return Choices(
+        expert=expert.astype(jnp.int32),
+        weight=jax.nn.softmax(best, axis=-1),
+        probability=jax.lax.stop_gradient(jnp.exp(best - total)),
+    )
 
 
 def noisy_topk(

@@ -77,7 +77,7 @@ def make_plan(
     Each row of the batch is one routing group. By "position" a token's choices come before any
     later token's, which alone is causal; by "choice" all first choices come before all second
     ones (GShard, Lepikhin et al. 2021); by "probability" tokens come in falling order of their
-    best weight (batch-prioritised routing, Riquelme et al. 2021, section 4).
+    best probability among all experts (batch-prioritised routing, Riquelme et al. 2021, section 4).
 
     Args:
         choices: of the router.
@@ -101,7 +101,8 @@ def make_plan(
     """
     if capacity <= 0:
         raise ValueError(f"capacity must be positive, got {capacity}")
-    expert, weight = choices
+    expert, weight, probability = choices
+    probability = weight if probability is None else probability
     if is_valid is None:
         is_valid = jnp.ones(expert.shape[:2], bool)
     takes_slot = jnp.broadcast_to(is_valid[..., None], expert.shape)
@@ -112,7 +113,7 @@ def make_plan(
             slot = _by_choice(expert, takes_slot, num_experts)
         case "probability":
             order = jnp.argsort(
-                -jnp.where(is_valid, jnp.max(weight, -1), 0.0), axis=-1, stable=True
+                -jnp.where(is_valid, jnp.max(probability, -1), 0.0), axis=-1, stable=True
             )
             back = jnp.argsort(order, axis=-1)[..., None]
             order = order[..., None]

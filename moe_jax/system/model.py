@@ -1,5 +1,6 @@
 """The module that puts the parts together, and the steps made of it."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -23,6 +24,7 @@ from moe_jax.routing import (
     usage_mse_loss,
 )
 from moe_jax.supervisor import Supervisor
+from moe_jax.system.inputs import checked_mask, checked_source
 from moe_jax.system.output import MoELosses, MoEOutput
 from moe_jax.system.query import faiss_index, infer, search_reports
 
@@ -91,7 +93,7 @@ class MoESystem(nn.Module):
         Args:
             x: [B, S, D] tokens.
             graph: the memory to read; needed when `memory_read`, unused otherwise.
-            is_valid: [B, S], False for padding.
+            is_valid: [B, S], False for padding, whose numbers do not matter.
             source: [B, 2] int32 document id and offset of each sequence's first token, carried
                 into the reports.
             is_training: training capacity, dropout (rng "dropout") and router noise ("router").
@@ -100,14 +102,19 @@ class MoESystem(nn.Module):
             Outputs, reports, proposals, losses and statistics.
 
         Raises:
-            ValueError: x is not [B, S, input_dim], or the graph is missing or of another width.
+            ValueError: x is not [B, S, input_dim], is_valid or source has another shape or dtype,
+                or the graph is missing or of another width.
         """
         c = self.config
         if x.ndim != 3 or x.shape[-1] != c.input_dim:
             raise ValueError(f"x must have shape [B, S, input_dim={c.input_dim}], got {x.shape}")
         if not x.size:
             raise ValueError(f"x must hold at least one token, got shape {x.shape}")
+        is_valid = checked_mask(is_valid, x.shape[:2])
+        source = checked_source(source, x.shape[0])
         x = x.astype(c.compute_dtype)
+        if is_valid is not None:
+            x = jnp.where(is_valid[..., None], x, 0)
         reads = None
         if c.memory_read:
             x, reads = self.memory.read(x, self._checked(graph), is_valid=is_valid)
@@ -158,7 +165,7 @@ class MoESystem(nn.Module):
             source=proposals.source,
             weight=proposals.weight,
             is_valid=proposals.is_kept,
-            time=graph.clock + 1,
+            time=jnp.maximum(graph.clock, graph.clock + 1),  # the last tick stays the last
             merge_threshold=c.kg_merge_threshold,
             merge_rule=c.kg_merge_rule,
             policy=c.kg_policy,
@@ -189,6 +196,8 @@ class MoESystem(nn.Module):
     ) -> Callable[..., tuple[KnowledgeGraph, MoEOutput, InsertInfo]]:
         """Returns one compiled step that infers, counts what it read and writes what it found.
 
+        Equal systems get the same one, so that it may be asked for at every call.
+
         Returns:
             A function of (variables, graph, x, is_valid=None, source=None) that gives (graph,
             output, info). The graph is donated: use the returned one from then on. One
@@ -200,19 +209,7 @@ class MoESystem(nn.Module):
         if self.config.report_scope == "none":
             raise ValueError('report_scope must not be "none" to write a graph')
 
-        def step(
-            variables: Variables,
-            graph: KnowledgeGraph,
-            x: Float[Array, "B S D"],
-            is_valid: Bool[Array, "B S"] | None = None,
-            source: Int[Array, "B 2"] | None = None,
-        ) -> tuple[KnowledgeGraph, MoEOutput, InsertInfo]:
-            output = self.apply(variables, x, graph, is_valid=is_valid, source=source)
-            graph = note_reads(graph, output.reads)
-            graph, info = self.write(graph, output.proposals)
-            return graph, output, info
-
-        return jax.jit(step, donate_argnums=1)
+        return _inference_step(self)
 
     def query(
         self,
@@ -288,6 +285,25 @@ class MoESystem(nn.Module):
             + c.librarian_contrastive_weight * contrastive
         )
         return MoELosses(load_balance=balance, router_z=z, contrastive=contrastive, total=total)
+
+
+@functools.lru_cache(maxsize=16)
+def _inference_step(
+    system: MoESystem,
+) -> Callable[..., tuple[KnowledgeGraph, MoEOutput, InsertInfo]]:
+    def step(
+        variables: Variables,
+        graph: KnowledgeGraph,
+        x: Float[Array, "B S D"],
+        is_valid: Bool[Array, "B S"] | None = None,
+        source: Int[Array, "B 2"] | None = None,
+    ) -> tuple[KnowledgeGraph, MoEOutput, InsertInfo]:
+        output = system.apply(variables, x, graph, is_valid=is_valid, source=source)
+        graph = note_reads(graph, output.reads)
+        graph, info = system.write(graph, output.proposals)
+        return graph, output, info
+
+    return jax.jit(step, donate_argnums=1)
 
 
 def _expert(c: MoEConfig) -> nn.Module:

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moe_jax._types import Variables
+from moe_jax._types import Array, Variables
 from moe_jax.checkpoint import Checkpoints, GraphCheckpoints
 from moe_jax.config import RunConfig
 from moe_jax.data import Batch, Corpus, held_out_batches, training_batches
@@ -49,16 +50,18 @@ def train(
     config: RunConfig,
     corpus: Corpus,
     *,
-    directory: Path | None = None,
+    directory: str | Path | None = None,
     resume: bool = False,
     on_step: Callable[[int, dict[str, Any]], None] | None = None,
     at_end: Callable[[TrainState, KnowledgeGraph], dict[str, Any]] | None = None,
 ) -> TrainResult:
     """Trains a language model and its knowledge graph.
 
-    Writes ``metrics.jsonl`` and ``checkpoints/`` under `directory`. A step's batch, dropout and
-    routing noise depend on the seed and the step alone, and a checkpoint holds everything else,
-    so a resumed run repeats the unbroken one number for number on the same machine.
+    Writes ``metrics.jsonl`` and ``checkpoints/`` under `directory`; for a run folder, which
+    `moe-jax` can open, resume and query, use `moe_jax.training.run.start_run`. A step's batch,
+    dropout and routing noise depend on the seed and the step alone, and a checkpoint holds
+    everything else, so a resumed run repeats the unbroken one number for number on the same
+    machine and the same corpus.
 
     Args:
         config: of the run.
@@ -86,6 +89,7 @@ def train(
         6
     """
     c = config.training
+    directory = None if directory is None else Path(directory)
     model, optimizer = MoELanguageModel(config.model), make_optimizer(c)
     init_key, step_key = jax.random.split(jax.random.key(c.seed))
     keeper = Keeper(config, directory)
@@ -116,6 +120,7 @@ def train(
         for step in range(first + 1, c.steps + 1):
             batch = jax.device_put(batches[step - 1])
             state, graph, metrics = step_fn(state, graph, batch, step_key)
+            log.count(metrics)
             record: dict[str, Any] = {}
             is_last = step == c.steps
             is_saved, is_logged, is_evaluated = (
@@ -153,6 +158,9 @@ class DivergedError(FloatingPointError):
     """The training has lost its numbers; the message is one line."""
 
 
+_COUNTS = "nodes_created", "nodes_merged", "proposals_rejected"
+
+
 class _Log:
     """The lines of metrics.jsonl, if there is a directory, and how fast steps went."""
 
@@ -162,18 +170,30 @@ class _Log:
             directory.mkdir(parents=True, exist_ok=True)
             self._lines = JsonLines(directory / "metrics.jsonl", last_step=first)
         self._tokens = tokens  # of a step
+        self._counts: list[list[Array]] = []
         self.restart_clock(first)
+
+    def count(self, metrics: Metrics) -> None:
+        """Takes note of what a step wrote; a step between two lines counts for the second."""
+        self._counts.append([getattr(metrics, name) for name in _COUNTS])
 
     def restart_clock(self, step: int) -> None:
         """Counts the time of the steps after this one."""
         self._step, self._began = step, time.perf_counter()
 
     def of_step(self, step: int, metrics: Metrics) -> dict[str, Any]:
-        """The record of a step's metrics, with the speed since the clock was started."""
+        """A step's metrics, what was written since the line before, and the steps' speed."""
         tokens = (step - self._step) * self._tokens
         speed = tokens / (time.perf_counter() - self._began)
         self.restart_clock(step)
-        return {"step": step, **as_record(metrics), "tokens_per_second": speed}
+        counts = np.sum(jax.device_get(self._counts), axis=0).tolist()
+        self._counts.clear()
+        return {
+            "step": step,
+            **as_record(metrics),
+            **dict(zip(_COUNTS, counts, strict=True)),
+            "tokens_per_second": speed,
+        }
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a line, unless the record is empty."""

@@ -108,7 +108,7 @@ class JsonLines:
             file.write(json.dumps(record) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Reads a metrics file; a last line cut short by a killed process is left out.
 
     Args:
@@ -128,7 +128,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         [{'step': 1}]
     """
     records = []
-    lines = path.read_text().splitlines()
+    lines = Path(path).read_text().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))

@@ -20,6 +20,7 @@ from moe_jax.data import (
     Corpus,
     Manifest,
     Snippet,
+    corpus_from_manifest,
     held_out_bytes,
     load_corpus,
     load_manifest,
@@ -30,7 +31,7 @@ from moe_jax.data import (
 )
 from moe_jax.graph import KnowledgeGraph
 from moe_jax.interop.faiss import FaissIndex
-from moe_jax.lm import MoELanguageModel
+from moe_jax.lm import LanguageModelOutput, MoELanguageModel
 from moe_jax.system import search_reports
 from moe_jax.training.loop import TrainResult, train
 from moe_jax.training.state import make_optimizer, run_shapes
@@ -113,7 +114,7 @@ class Run:
         tokens, is_valid = np.zeros((1, length), np.int32), np.zeros((1, length), bool)
         tokens[0, : len(data) + 1] = [BOS, *data]
         is_valid[0, : len(data) + 1] = True
-        out = jax.jit(self.model.apply)(
+        out = self._apply(
             {"params": self.params}, jnp.asarray(tokens), self.graph, is_valid=jnp.asarray(is_valid)
         )
         hits = search_reports(self.graph, out.moe, k, index=self._faiss_index)
@@ -121,6 +122,10 @@ class Run:
         return [
             self._insight(node, float(s)) for node, s in zip(found, hits.scores[0], strict=False)
         ]
+
+    @functools.cached_property
+    def _apply(self) -> Callable[..., LanguageModelOutput]:
+        return jax.jit(self.model.apply)
 
     @functools.cached_property
     def _faiss_index(self) -> FaissIndex | None:
@@ -139,7 +144,7 @@ class Run:
 
 
 def start_run(
-    directory: Path,
+    directory: str | Path,
     config: RunConfig,
     *,
     data: Sequence[Path] | None = None,
@@ -160,6 +165,9 @@ def start_run(
         RunError: the folder holds something already.
         ValueError: the data cannot be used.
     """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise RunError(f"{directory} is a file, not a folder")
     if directory.exists() and any(directory.iterdir()):
         raise RunError(f"{directory} is not empty: choose another folder, or resume the run in it")
     corpus = load_corpus(data)
@@ -171,7 +179,7 @@ def start_run(
 
 
 def resume_run(
-    directory: Path,
+    directory: str | Path,
     *,
     steps: int | None = None,
     data: Sequence[Path] | None = None,
@@ -183,7 +191,8 @@ def resume_run(
         directory: of the run.
         steps: another number of steps in all, which the learning rate's schedule is stretched to;
             None for the run's own.
-        data: the same files and folders as at the start.
+        data: the same files and folders as at the start; None for the files that the run's
+            manifest names.
         on_step: see `moe_jax.training.train`.
 
     Returns:
@@ -193,9 +202,13 @@ def resume_run(
         RunError: there is no run in the folder, or its data has changed.
         CheckpointError: a checkpoint cannot be read.
     """
-    config = read_config(directory)
-    corpus = load_corpus(data)
-    if manifest(corpus) != load_manifest(directory / _MANIFEST):
+    directory = Path(directory)
+    config, described = read_config(directory), load_manifest(directory / _MANIFEST)
+    try:
+        corpus = corpus_from_manifest(described) if data is None else load_corpus(data)
+    except ValueError as error:
+        raise RunError(f"the data of {directory} cannot be read again: {error}") from error
+    if _contents(manifest(corpus)) != _contents(described):
         raise RunError(f"the data is not what {directory} was started with")
     if steps is not None and steps != config.training.steps:
         done = Checkpoints(directory / "checkpoints").latest() or 0
@@ -207,7 +220,13 @@ def resume_run(
     return train(config, corpus, directory=directory, resume=True, **how), corpus
 
 
-def open_run(directory: Path) -> Run:
+def _contents(described: Manifest) -> list[tuple[Any, ...]]:
+    """What a manifest says of its files but where they lie."""
+    kept = ("name", "digest", "held_out")
+    return [tuple(entry[key] for key in kept) for entry in described["files"]]
+
+
+def open_run(directory: str | Path) -> Run:
     """Opens a run folder for reading.
 
     Args:
@@ -220,6 +239,7 @@ def open_run(directory: Path) -> Run:
         RunError: there is no such run, or its files are damaged.
         CheckpointError: there is no complete checkpoint, or it cannot be read.
     """
+    directory = Path(directory)
     config = read_config(directory)
     try:
         sources = load_manifest(directory / _MANIFEST)
@@ -233,13 +253,13 @@ def open_run(directory: Path) -> Run:
     return Run(directory, config, step, model, tree["state"].params, tree["graph"], sources)
 
 
-def read_config(directory: Path) -> RunConfig:
+def read_config(directory: str | Path) -> RunConfig:
     """Reads a run folder's config.
 
     Raises:
         RunError: there is no run in the folder, or the config is damaged.
     """
-    path = directory / _CONFIG
+    path = Path(directory) / _CONFIG
     if not path.is_file():
         raise RunError(f"no run in {directory}: it has no {_CONFIG}")
     try:

@@ -32,7 +32,8 @@ class Metrics(NamedTuple):
         load: [L, E] share of choices per layer and expert.
         max_over_mean: [L] largest load over the mean.
         dropped_fraction: [L] choices that found no slot.
-        nodes_created: nodes that the step wrote.
+        nodes_created: nodes that the step wrote; a line of ``metrics.jsonl`` has this and the next
+            two summed over the steps since the line before.
         nodes_merged: proposals that merged into a node.
         proposals_rejected: proposals the graph could not hold.
         graph_nodes: live nodes after the step.

@@ -90,13 +90,11 @@ def test_names_that_are_not_utf8_can_be_printed(train_and_held_out):
 def test_bad_input_is_named(tmp_path, train_and_held_out):
     with pytest.raises(FileNotFoundError, match="not_there"):
         load_corpus(tmp_path / "not_there")
-    with pytest.raises(ValueError, match=r"0 files found .* 0 for training and 0 held out"):
+    with pytest.raises(ValueError, match=r"0 files found .* which leaves 0 to learn from"):
         load_corpus(tmp_path)
     with pytest.raises(ValueError, match="0 files found"):
         load_corpus([])
     root = train_and_held_out([b"one", b"two"], [])
-    with pytest.raises(ValueError, match=r"2 files found .* 2 for training and 0 held out"):
-        load_corpus(root)
     train_and_held_out([], [b"three"])
     with pytest.raises(ValueError, match="max_bytes=10"):
         load_corpus(root, max_bytes=10)
@@ -115,3 +113,20 @@ def test_standard_library_is_the_default(stdlib):
     assert not folders & {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     assert all(name.endswith(".py") for name in stdlib.names)
     assert load_corpus().digest == stdlib.digest
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_of_a_few_files_one_is_held_out(tmp_path, count):
+    for i in range(count):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    assert not any(is_held_out_name(f"{i}.txt") for i in range(count))
+    corpora = [load_corpus(tmp_path), load_corpus(sorted(tmp_path.iterdir())[::-1])]
+    for corpus in corpora:
+        assert corpus.is_held_out.sum() == 1
+    assert corpora[0].digest == corpora[1].digest
+
+
+def test_one_file_cannot_be_split(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"which leaves 1 to .* must be at least two"):
+        load_corpus(tmp_path)

@@ -30,6 +30,7 @@ from graph_cases import random_keys
 from moe_jax.graph import (
     KnowledgeGraph,
     build_cells,
+    insert,
     num_missing,
     refine_cells,
     search_cells,
@@ -264,3 +265,14 @@ def test_wrong_calls():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_no_probe_is_spent_on_a_cell_without_members(implementation):
+    """One node among many cells that are still empty, and queries on its far side."""
+    dim = 64
+    graph, _ = insert(KnowledgeGraph.create(256, dim), np.eye(1, dim, dtype=np.float32))
+    cells = build_cells(graph, 32, key=KEY)
+    queries = np.random.default_rng(0).normal(size=(16, dim)).astype(np.float32)
+    hits = search_cells(graph, cells, queries, 1, probes=1, implementation=implementation)
+    assert hits.is_valid.all()

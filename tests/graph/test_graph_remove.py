@@ -188,6 +188,8 @@ WRONG = [
     (lambda g: delete(g, created_before=2**31), "created_before must fit int32, got 2147483648"),
     (lambda g: expire(g, -1), "ttl must be at least 0, got -1"),
     (lambda g: expire(g, np.int64(-5)), "ttl must be at least 0, got -5"),
+    (lambda g: expire(g, np.array(-1)), "ttl must be at least 0, got -1"),
+    (lambda g: expire(g, jnp.int32(-1)), "ttl must be at least 0, got -1"),
     (lambda g: expire(g, 3.9), "ttl must be of integers"),
     (lambda g: expire(g, np.int64(3_000_000_000)), "ttl must fit int32, got 3000000000"),
     (lambda g: expire(g, 1, now=2**31), "now must fit int32, got 2147483648"),

@@ -135,3 +135,13 @@ def test_scores_need_not_be_reproducible():
     exact, quick = (search(graph, queries, 3, 0.1, reproducible=r) for r in (True, False))
     np.testing.assert_array_equal(exact.ids, quick.ids)
     np.testing.assert_allclose(exact.scores, quick.scores, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [8, 64])
+def test_thresholds_of_one_and_minus_one_mean_equal_and_all(dim):
+    """Cosines of equal and of opposite vectors are rounded to either side."""
+    keys = np.random.default_rng(0).normal(size=(100, dim)).astype(np.float32)
+    graph, _ = insert(KnowledgeGraph.create(100, dim), keys)
+    assert search(graph, keys, 1, threshold=1.0).is_valid.all()
+    for threshold in (-1, -1.0, np.float32(-1.0)):
+        assert search(graph, -keys, 100, threshold=threshold).is_valid.all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from graph_cases import random_items, random_keys, run_insert
 
-from moe_jax.graph import KnowledgeGraph, search
+from moe_jax.graph import KnowledgeGraph, insert, search
 from moe_jax.graph.state import with_keys
 from moe_jax.interop.faiss import FaissIndex, SyncCounts
 from moe_jax.ops import normalize
@@ -349,3 +349,9 @@ def test_on_a_gpu(graph, queries, kind, tmp_path):
     if not hasattr(faiss, "StandardGpuResources"):
         pytest.skip("the faiss installed here has no GPU part")
     follow_on_a_gpu(graph, queries, kind, tmp_path / "index")
+
+
+def test_opposite_vectors_reach_the_default_threshold():
+    keys = np.random.default_rng(0).normal(size=(100, 64)).astype(np.float32)
+    graph, _ = insert(KnowledgeGraph.create(100, 64), keys)
+    assert FaissIndex(graph).search(-keys, 100).is_valid.all()

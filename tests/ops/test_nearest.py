@@ -323,7 +323,7 @@ def test_a_bound_holds_for_every_row_that_was_not_picked():
     queries[:, :2] += 30 * rng.normal(size=(2, 2))
     rows, queries = normalize(jnp.asarray(rows)), normalize(jnp.asarray(queries))
     table, mask = encode(rows), jnp.arange(2000) % 3 > 0
-    picks = [_codes_xla.pick(queries, table, mask, 32)]
+    picks = [_codes_xla.pick(queries, table, mask, 32, is_certain=True)]
     if KERNELS == "interpret":
         picks.append(_codes_gpu.pick(queries, table, mask, 32, interpret=True))
     cosine = np.asarray(rows, float) @ np.asarray(queries, float).T
@@ -373,3 +373,20 @@ def test_wrong_calls(vectors):
         nearest(queries, keys, mask, 1, implementation="cuda")
     with pytest.raises(ValueError, match="and k=49"):
         nearest(queries, keys, mask, 49, code=encode(keys), implementation=KERNELS)
+
+
+@pytest.mark.parametrize("precision", ["scored", "quick"])
+@pytest.mark.parametrize("implementation", ["code", KERNELS])
+def test_coarsely_coded_rows_do_not_push_out_nearer_ones(implementation, precision):
+    """Half of the rows have one large coordinate, for which the others are coded coarsely."""
+    rng = np.random.default_rng(9)
+    rows = rng.normal(size=(1500, 1024)) + 2 * rng.normal(size=1024)
+    rows[::2, 0] = 60
+    keys = normalize(jnp.asarray(rows, jnp.float32))
+    queries = normalize(jnp.asarray(rows[1:9:2] + rng.normal(size=(4, 1024)), jnp.float32))
+    assert encode(keys).error[0] > 3 * encode(keys).error[1]
+    mask = jnp.ones(1500, bool)
+    hits = nearest(queries, keys, mask, 10, code=encode(keys), precision=precision,
+                   implementation=implementation)  # fmt: skip
+    best = -np.sort(-np.asarray(exact_cosine(queries, keys)), axis=1)[:, :10]
+    np.testing.assert_allclose(hits.scores, best, atol=3e-3)

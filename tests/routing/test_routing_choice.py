@@ -45,7 +45,10 @@ def test_choices_are_distinct_experts_with_weights_that_sum_to_one(router, k, dt
     assert choices.expert.shape == choices.weight.shape == (2, 9, k)
     assert choices.expert.dtype == jnp.int32
     assert choices.weight.dtype == jnp.float32
-    expert, weight = map(np.asarray, choices)
+    expert, weight, probability = map(np.asarray, choices)
+    np.testing.assert_allclose(
+        probability / probability.sum(axis=-1, keepdims=True), weight, atol=1e-6
+    )
     assert np.all((expert >= 0) & (expert < E))
     assert all(len(set(row)) == k for row in expert.reshape(18, -1).tolist())
     assert np.all(weight >= 0)

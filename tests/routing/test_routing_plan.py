@@ -84,11 +84,12 @@ def test_first_choices_come_before_second_ones(plan_of, case):
 
 def test_probable_tokens_come_before_others(plan_of, case):
     plan = jax.tree.map(np.asarray, plan_of(*case, priority="probability"))
-    _, is_valid = case
+    logits, is_valid = case
+    sure = np.asarray(jax.nn.softmax(logits, axis=-1)).max(axis=-1)
     for b in range(3):
         for e in range(E):
             sent = (plan.expert[b, :, 0] == e) & is_valid[b]
-            best = plan.weight[b, :, 0]
+            best = sure[b]
             kept, dropped = best[sent & plan.is_kept[b, :, 0]], best[sent & ~plan.is_kept[b, :, 0]]
             if len(dropped):
                 assert kept.min() >= dropped.max()
@@ -100,6 +101,14 @@ def test_a_token_is_as_probable_as_its_best_choice():
     expert = jnp.broadcast_to(jnp.array([0, 1]), (1, 16, 2))
     choices = Choices(expert, jnp.concatenate([1.0 - best, best], axis=-1))
     plan = make_plan(choices, num_experts=2, capacity=8, priority="probability")
+    np.testing.assert_array_equal(plan.is_kept[0, :, 0], np.arange(16) >= 8)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_least_sure_tokens_go_by_the_softmax_over_all_experts(k):
+    """Weights among the chosen say nothing of it: with one choice they are all 1."""
+    sure = jnp.linspace(0.0, 2.0, 16)[None, :, None] * jnp.array([[[1.0, 0.9, 0.0, 0.0]]])
+    plan = make_plan(topk(sure, k), num_experts=4, capacity=8, priority="probability")
     np.testing.assert_array_equal(plan.is_kept[0, :, 0], np.arange(16) >= 8)
 
 

@@ -67,3 +67,20 @@ def test_metrics_hold_the_health_and_at_the_end_the_loss_without_memory(corpus, 
     # A run resumed after its end is judged again, and writes nothing more.
     assert train(config, corpus, resume=True, **how).evaluation == result.evaluation
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == len(records)
+
+
+def test_lines_count_what_was_written_between_them():
+    """Writes fall between lines, where no line is."""
+    config = smallest_run()
+    config = config.replace(
+        training=config.training.replace(
+            steps=7, log_every=3, memory_write_every=2, memory_write_from=0.0, eval_every=0
+        )
+    )
+    records = []
+    train(config, load_corpus(), on_step=lambda step, record: records.append(record))
+    lines = [record for record in records if "nodes_created" in record]
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    assert sum(line["nodes_created"] for line in lines) == lines[-1]["graph_nodes"] > 0
+    written = sum(line["nodes_created"] + line["nodes_merged"] for line in lines)
+    assert written == lines[-1]["graph_updates"]

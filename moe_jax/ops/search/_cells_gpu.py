@@ -35,6 +35,7 @@ _TILE = 128  # places of a cell that one program scores
 _CELLS = 16  # centroids that one program scores
 _QUERIES = 16  # queries that one program scores centroids for
 _RANKS_PER_COSINE = 2**15
+_UNUSED = -1.05  # below every cosine, and above where the search for a rank begins
 _MAX_CELLS = 16384  # cosines of a query that fit the second kernel's registers
 _MAX_CHUNKS = 8192  # bounds of a query that fit the last kernel's registers
 
@@ -52,6 +53,7 @@ def probe(
     centroids: Float[Array, "L D"],
     members: Int[Array, "L P"],
     overflow: Int[Array, "V"],
+    is_used: Bool[Array, "L"],
     probes: int,
     num_picked: int,
     k: int,
@@ -68,6 +70,7 @@ def probe(
       centroids: float32 [L, D], unit vectors.
       members: int32 [L, P], the rows in each cell, N in an empty place.
       overflow: int32 [V], rows that every query looks at, likewise.
+      is_used: bool [L], the cells that are worth a probe.
       probes: how many cells each query looks into, at most L.
       num_picked: F, a power of two from 16, how many rows are scored in full.
       k: how many of them are returned, at most F.
@@ -85,7 +88,7 @@ def probe(
     grid = -(-num_cells // _CELLS), -(-num_queries // _QUERIES)
     cosine = call(
         functools.partial(_cosine_kernel, step=step_of(dim, 128)), grid,
-        (queries, centroids), floats((num_queries, num_cells)), num_warps=4,
+        (queries, centroids, is_used), floats((num_queries, num_cells)), num_warps=4,
     )  # fmt: skip
     cell = call(
         functools.partial(_pick_cells_kernel, probes=probes), (num_queries,),
@@ -117,7 +120,7 @@ def probe(
     ), None)  # fmt: skip
 
 
-def _cosine_kernel(query_ref, centroid_ref, out_ref, *, step):
+def _cosine_kernel(query_ref, centroid_ref, used_ref, out_ref, *, step):
     num_cells, dim = centroid_ref.shape
     num_queries = query_ref.shape[0]
     first_cell, first_query = pl.program_id(0) * _CELLS, pl.program_id(1) * _QUERIES
@@ -144,6 +147,8 @@ def _cosine_kernel(query_ref, centroid_ref, out_ref, *, step):
 
     total = jnp.zeros((_QUERIES, _CELLS), jnp.float32)
     total = jax.lax.fori_loop(0, dim // step, multiply, total)
+    is_used = plgpu.load(used_ref.at[jnp.minimum(cell, num_cells - 1)])
+    total = jnp.where(is_used[None, :], total, _UNUSED)
     mask = (at < num_queries)[:, None] & (cell < num_cells)[None, :]
     plgpu.store(out_ref.at[at[:, None], cell[None, :]], total, mask=mask)
 

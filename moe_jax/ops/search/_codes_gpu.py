@@ -91,6 +91,7 @@ def pick(
     is_candidate: Bool[Array, "N"],
     num_picked: int,
     *,
+    is_certain: bool = True,
     interpret: bool = False,
 ) -> tuple[Int[Array, "Q F"], Float[Array, "Q"]]:
     """Pick the rows that may have the largest cosines to each query.
@@ -100,11 +101,13 @@ def pick(
       table: codes of N unit vectors.
       is_candidate: bool [N], the rows that may be picked.
       num_picked: F, a power of two from 16.
+      is_certain: pick by bounds on the cosines, not by estimates of them, which find more of the
+        best where rows are coded more or less coarsely.
       interpret: run the kernels as ordinary operations, on any device, to test them.
 
     Returns:
-      The rows, N where there are fewer, in no order; and a bound on the cosine of every candidate
-      that was not picked. Both mean nothing for a query without a direction.
+      The rows, N where there are fewer, in no order; and, if certain, a bound on the cosine of
+      every candidate that was not picked. Both mean nothing for a query without a direction.
     """
     outputs = (
         jax.ShapeDtypeStruct((queries.shape[0], num_picked), jnp.int32),
@@ -112,8 +115,10 @@ def pick(
     )
     # In two parts a bound is higher than it need be, which does not matter where it has room.
     parts = 2 if num_picked >= 128 else 1
-    how = {"num_picked": num_picked, "parts": parts, "interpret": interpret}
-    return _select(queries, (), table, is_candidate, outputs, **how)
+    return _select(
+        queries, (), table, is_candidate, outputs, num_picked=num_picked, parts=parts,
+        is_certain=is_certain, interpret=interpret,
+    )  # fmt: skip
 
 
 def find(
@@ -142,9 +147,10 @@ def find(
     """
     # Even if all of the best lie in one part, it has room for them.
     parts = 2 if num_picked >= 3 * k else 1
-    how = {"num_picked": num_picked, "parts": parts, "interpret": interpret}
-    outputs = found_shapes(queries.shape[0], k)
-    return _select(queries, (keys,), table, is_candidate, outputs, **how)
+    return _select(
+        queries, (keys,), table, is_candidate, found_shapes(queries.shape[0], k),
+        num_picked=num_picked, parts=parts, is_certain=False, interpret=interpret,
+    )  # fmt: skip
 
 
 def _select(
@@ -156,20 +162,22 @@ def _select(
     *,
     num_picked: int,
     parts: int,
+    is_certain: bool,
     interpret: bool,
 ) -> Any:
     num_queries, num_rows = queries.shape[0], table.code.shape[0]
     per_section = _chunks_per_section(num_rows)
     coded = _encode(queries, interpret=interpret)
     bounds = _chunk_bounds(*coded, table, is_candidate, with_tiles=per_section > 1,
-                           interpret=interpret)  # fmt: skip
+                           is_certain=is_certain, interpret=interpret)  # fmt: skip
     chunks, sections = bounds[0], bounds[-1]
     tiles = per_section * CHUNK // TILE
     if tiles > 1:
         pad = -sections.shape[1] % tiles
         sections = jnp.pad(sections, ((0, 0), (0, pad)), constant_values=-jnp.inf)
         sections = jnp.max(sections.reshape(sections.shape[0], -1, tiles), axis=2)
-    how = {"num_picked": num_picked, "per_section": per_section, "parts": parts}
+    how = {"num_picked": num_picked, "per_section": per_section, "parts": parts,
+           "is_certain": is_certain}  # fmt: skip
     # Picking 128 of thousands in four warps takes most of their registers, and half as long again.
     is_small = num_picked <= 64 and num_picked * per_section <= _CHUNKS // 2
     inputs = (sections, chunks, queries, table.code, table.scale, table.error, is_candidate, *keys)
@@ -221,15 +229,19 @@ def _chunk_bounds(
     is_candidate: Bool[Array, "N"],
     *,
     with_tiles: bool,
+    is_certain: bool,
     interpret: bool,
 ) -> tuple[Float[Array, "P C"], ...]:
-    """Upper bounds on the cosine, but for the query's own error, over each chunk, and each tile."""
+    """Upper bounds on the cosine, but for the query's own error, over each chunk, and each tile.
+
+    If not certain, the largest estimates.
+    """
     num_queries, dim = code.shape
     num_rows = table.code.shape[0]
     block = _query_block(num_queries)
     tiles = -(-num_rows // TILE)
     step = step_of(dim, 256 if block < 128 else 128)
-    kernel = functools.partial(chunk_bounds_kernel, block=block, step=step)
+    kernel = functools.partial(chunk_bounds_kernel, block=block, step=step, is_certain=is_certain)
     sizes = (num_bounds(num_rows), tiles) if with_tiles else (num_bounds(num_rows),)
     bounds = tuple(jax.ShapeDtypeStruct((num_queries, size), jnp.float32) for size in sizes)
     return launch(

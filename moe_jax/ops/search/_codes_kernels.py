@@ -49,11 +49,11 @@ def encode_kernel(query_ref, code_ref, scale_ref):
 
 def chunk_bounds_kernel(
     code_ref, scale_ref, rows_ref, rows_scale_ref, rows_error_ref, counts_ref, out_ref,
-    *tile_refs, block, step,
+    *tile_refs, block, step, is_certain,
 ):  # fmt: skip
     """Bounds on the cosines of a block of queries over each chunk of a tile of rows, and over it.
 
-    `tile_refs` is that of the tiles' bounds, or none.
+    `tile_refs` is that of the tiles' bounds, or none. If not certain, they are estimates.
     """
     num_rows, dim = rows_ref.shape
     tile, first_query = pl.program_id(0), pl.program_id(1) * block
@@ -71,9 +71,9 @@ def chunk_bounds_kernel(
     # The rows that the tile before has do not count again.
     counts = start + jax.lax.iota(jnp.int32, TILE) >= tile * TILE
     counts = counts & counts_ref[pl.ds(start, TILE)]
-    error = jnp.where(counts, rows_error_ref[pl.ds(start, TILE)], -jnp.inf)
     # One multiply-add for each product; a chunk's largest error and the query's scale come after.
     out_of_play = jnp.where(counts, 0.0, -jnp.inf)
+    error = out_of_play + rows_error_ref[pl.ds(start, TILE)] if is_certain else out_of_play
     scale = rows_scale_ref[pl.ds(start, TILE)]
     bound = total.astype(jnp.float32) * scale[None, :] + out_of_play[None, :]
     per_tile = TILE // CHUNK
@@ -89,7 +89,7 @@ def chunk_bounds_kernel(
 
 def select_kernel(
     sections_ref, chunks_ref, query_ref, rows_ref, rows_scale_ref, rows_error_ref, counts_ref,
-    *refs, num_picked, per_section, parts,
+    *refs, num_picked, per_section, parts, is_certain,
 ):  # fmt: skip
     """The rows picked for one query, or the best of them by full scores, and a bound on the rest.
 
@@ -129,7 +129,8 @@ def select_kernel(
         total = jax.lax.fori_loop(0, dim // step, multiply, jnp.zeros((group, 16), jnp.int32))
         total = jnp.max(total, axis=1).astype(jnp.float32)
         bound = total * plgpu.load(rows_scale_ref.at[row]) * scale
-        bound = bound + plgpu.load(rows_error_ref.at[row])
+        if is_certain:
+            bound = bound + plgpu.load(rows_error_ref.at[row])
         bound = jnp.where(counts, bound, -jnp.inf)
         is_group = jax.lax.iota(jnp.int32, num_positions // group) == g
         return jnp.where(is_group[:, None], bound[None, :], bounds)

@@ -45,7 +45,12 @@ def num_to_pick(k: int, num_rows: int, *, is_certain: bool) -> int:
 
 
 def pick(
-    queries: Float[Array, "Q D"], table: Code, mask: Bool[Array, "N"], num_picked: int
+    queries: Float[Array, "Q D"],
+    table: Code,
+    mask: Bool[Array, "N"],
+    num_picked: int,
+    *,
+    is_certain: bool,
 ) -> tuple[Int[Array, "Q F"], Float[Array, "Q"]]:
     """Pick the rows that may have the largest cosines to each query.
 
@@ -54,16 +59,19 @@ def pick(
       table: codes of N unit vectors.
       mask: bool [N], the rows that may be picked.
       num_picked: F.
+      is_certain: pick by bounds on the cosines, not by estimates of them, which find more of the
+        best where rows are coded more or less coarsely.
 
     Returns:
-      The rows, N where there are fewer; and a bound on the cosine of every candidate that was not
-      picked.
+      The rows, N where there are fewer; and, if certain, a bound on the cosine of every candidate
+      that was not picked.
     """
     coded = encode(queries)
     dots = jnp.stack([_products(table.code, query) for query in coded.code])
-    # What a query of that code has in common with a row's own rounding, and with all rows its own.
-    error = table.error[None] * (1.0 + coded.error[:, None]) + coded.error[:, None]
-    bound = dots.astype(jnp.float32) * coded.scale[:, None] * table.scale[None] + error
+    bound = dots.astype(jnp.float32) * coded.scale[:, None] * table.scale[None]
+    if is_certain:
+        # What a query's code has in common with a row's own rounding, and its own with any row.
+        bound += table.error[None] * (1.0 + coded.error[:, None]) + coded.error[:, None]
     bound, rows = top_k(jnp.where(mask[None], bound, -jnp.inf), num_picked)
     rows = jnp.where(bound > -jnp.inf, rows, table.code.shape[0])
     return rows, bound[:, -1] + 1e-5  # all the roundings of a bound

@@ -203,14 +203,14 @@ def _by_code(
     is_certain = precision == "exact"
     if how == "xla":
         num_picked = _codes_xla.num_to_pick(k, keys.shape[0], is_certain=is_certain)
-        picked = _codes_xla.pick(unit, code, mask[0], num_picked)
+        picked = _codes_xla.pick(unit, code, mask[0], num_picked, is_certain=is_certain)
         return _best_of(picked, unit, is_query, among, again)
     num_picked = _codes_gpu.num_to_pick(k, queries.shape[0], keys.shape[0], is_certain=is_certain)
     options = {"num_picked": num_picked, "interpret": how == "interpret"}
     if precision == "quick":
         found = _codes_gpu.find(queries, keys, code, mask[0], k=k, **options)
         return Hits(found.ids, found.scores, found.is_found)
-    picked = _codes_gpu.pick(unit, code, mask[0], **options)
+    picked = _codes_gpu.pick(unit, code, mask[0], is_certain=is_certain, **options)
     return _best_of(picked, unit, is_query, among, again)
 
 
