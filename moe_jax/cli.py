@@ -113,6 +113,9 @@ def main() -> None:
             prog="moe-jax",
             description="Train mixtures of experts that remember, and ask what they remember.",
         )
+    except KeyboardInterrupt:
+        print("moe-jax: interrupted; see `moe-jax train --resume --out DIR`", file=sys.stderr)
+        sys.exit(130)
     except (RunError, CheckpointError, DivergedError, ValueError, OSError) as error:
         print(f"moe-jax: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -76,7 +76,8 @@ def plot_learning(
     """
     losses = [(r["step"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r]
     if losses:
-        axes.plot(*zip(*losses, strict=True), color=_INK, lw=1.2, label="training")
+        marker = "." if len(losses) < 3 else ""  # a line of one point is none
+        axes.plot(*zip(*losses, strict=True), marker + "-", color=_INK, lw=1.2, label="training")
     held = [(r["step"], r["eval_bits_per_byte"]) for r in records if "eval_bits_per_byte" in r]
     if held:
         axes.plot(*zip(*held, strict=True), "o", color="#c0392b", label="held out")
@@ -109,8 +110,9 @@ def plot_load(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
         axes: to draw on.
         records: of ``metrics.jsonl``; the last evaluation is drawn, else the last step.
     """
-    loads = [r.get("eval_load", r.get("load")) for r in records]
-    load = np.atleast_2d(next((v for v in reversed(loads) if v), np.zeros((1, 1))))
+    held_out = [r["eval_load"] for r in records if "eval_load" in r]
+    loads = held_out or [r["load"] for r in records if "load" in r] or [np.zeros((1, 1))]
+    load = np.atleast_2d(loads[-1])
     layers, experts = load.shape
     width = 0.8 / layers
     for layer in range(layers):
@@ -119,7 +121,8 @@ def plot_load(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
         axes.bar(at, load[layer], width, color=_INK, alpha=shade, label=f"layer {layer}")
     axes.axhline(1 / experts, color="#c0392b", lw=1, ls="--", label="perfect balance")
     axes.set_ylim(0, max(float(load.max()) * 1.3, 1e-3))
-    _finish(axes, "Expert load", "expert", "share of choices")
+    title = "Expert load, held out" if held_out else "Expert load"
+    _finish(axes, title, "expert", "share of choices")
     axes.legend(frameon=False, ncols=3, fontsize=8)
 
 
@@ -134,7 +137,8 @@ def plot_graph(axes: Axes, graph: KnowledgeGraph, *, max_nodes: int = 600) -> No
     live = np.flatnonzero(np.asarray(graph.is_live))
     hits = np.asarray(graph.hits)
     live = live[np.argsort(-hits[live], kind="stable")][:max_nodes]
-    _finish(axes, f"Knowledge graph: {int(graph.num_live)} nodes", "", "")
+    drawn = f"{len(live):,} of " if len(live) < int(graph.num_live) else ""
+    _finish(axes, f"Knowledge graph: {drawn}{int(graph.num_live):,} nodes", "", "")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.checkpoint import CheckpointError, Checkpoints, complete_steps
+from moe_jax.checkpoint import CheckpointError, Checkpoints, DamagedError, complete_steps
 
 TREE = {"w": jnp.arange(4.0)}
 
@@ -73,3 +73,23 @@ def test_saved_means_on_disk_after_waiting(tmp_path):
 def test_at_least_one_is_kept(tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         Checkpoints(tmp_path, keep=0)
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        (
+            jnp.zeros((3, 2)),
+            r"w as float32 of shape \(2, 3\), asked for as float32 of shape \(3, 2\)",
+        ),
+        (jnp.zeros((2, 3), jnp.bfloat16), "w as float32 .* asked for as bfloat16"),
+        (jnp.zeros((2, 3), jnp.int32), "w as float32 .* asked for as int32"),
+    ],
+)
+def test_other_arrays_are_no_damage(tmp_path, like, message):
+    saved = Checkpoints(tmp_path)
+    saved.save(1, {"w": jnp.ones((2, 3))})
+    saved.close()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoints(tmp_path).restore({"w": like})
+    assert not isinstance(caught.value, DamagedError)

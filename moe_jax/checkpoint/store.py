@@ -105,12 +105,14 @@ class Checkpoints:
             (step, tree, note).
 
         Raises:
-            CheckpointError: there is none, it is of another format or of other shapes.
+            CheckpointError: there is none, or it is of another format, or of other shapes or dtypes
+                than `like`.
             DamagedError: it cannot be read.
         """
         step = self._wanted(step)
         note = self.note(step)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        self._check_same_arrays(step, abstract)
         args = ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
         tree = self._read(step, args).tree
         return step, tree, note
@@ -176,6 +178,23 @@ class Checkpoints:
             )
         return step
 
+    def _check_same_arrays(self, step: int, like: Any) -> None:
+        """Orbax would cast other dtypes in silence, and call other shapes what damage is called."""
+        try:
+            described = ocp.StandardCheckpointHandler().metadata(self.directory / f"{step}/tree")
+            stored = _by_path(described.tree)
+        except Exception:  # what is damaged is told by who reads it
+            return
+        for path, leaf in _by_path(like).items():
+            there = stored.get(path, leaf)
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                continue
+            if (*there.shape, there.dtype) != (*leaf.shape, leaf.dtype):
+                raise CheckpointError(
+                    f"checkpoint {self.directory / str(step)} has {path} as {there.dtype} of shape "
+                    f"{tuple(there.shape)}, asked for as {leaf.dtype} of shape {tuple(leaf.shape)}"
+                )
+
     def _read(self, step: int, args: ocp.args.Composite) -> Any:
         try:
             return self._open().restore(step, args=args)
@@ -185,6 +204,16 @@ class Checkpoints:
                 f"checkpoint {self.directory / str(step)} cannot be read: "
                 f"{type(error).__name__}: {reason}"
             ) from error
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """Leaves that have a shape by path, the same for fields, keys and places."""
+
+    def name(key: Any) -> str:
+        return str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
+
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {".".join(map(name, path)): x for path, x in leaves if hasattr(x, "shape")}
 
 
 class _Newest:

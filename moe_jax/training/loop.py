@@ -135,8 +135,9 @@ def train(
             if is_evaluated:
                 try:
                     evaluation = last_evaluation() if is_last else evaluate(state.params, graph)
-                except BaseException:
-                    keeper.save(state, graph)  # what fails there must not cost the training
+                except BaseException:  # what fails there must not cost the training
+                    log.write(record)
+                    keeper.save(state, graph)
                     raise
                 record = {"step": step, **record, **evaluation}
                 log.restart_clock(step)
