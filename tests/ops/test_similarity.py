@@ -19,7 +19,7 @@ from moe_jax.ops import (
 )
 
 
-@pytest.mark.parametrize("module", ["similarity", "top_k", "nearest", "independent"])
+@pytest.mark.parametrize("module", ["similarity", "top_k", "search.nearest", "independent"])
 def test_examples_run(module):
     names = {**vars(moe_jax.ops), "jnp": jnp}
     module = importlib.import_module(f"moe_jax.ops.{module}")
