@@ -113,10 +113,10 @@ class MoESystem(nn.Module):
         is_valid = checked_mask(is_valid, x.shape[:2])
         source = checked_source(source, x.shape[0])
         x = x.astype(c.compute_dtype)
-        if is_valid is not None:
-            x = jnp.where(is_valid[..., None], x, 0)
         reads = None
         if c.memory_read:
+            if is_valid is not None:  # the constellation does so for all that comes after
+                x = jnp.where(is_valid[..., None], x, 0)
             x, reads = self.memory.read(x, self._checked(graph), is_valid=is_valid)
         routed = self.constellation(x, is_valid=is_valid, source=source, is_training=is_training)
         proposals = None
