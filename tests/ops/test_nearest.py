@@ -210,12 +210,20 @@ def test_the_chunk_of_a_position(num_picked, rows_per_chunk):
         np.testing.assert_array_equal(found, chunks[position // rows_per_chunk])
 
 
+@pytest.mark.parametrize("crowd", [300, 1200])
 @pytest.mark.parametrize("num_close", [0, 1, 5, 6, 33])
-def test_queries_that_codes_leave_open_are_looked_at_again(num_close):
-    """A crowd that codes cannot tell apart, for none, a few (of 40) or all queries."""
+def test_queries_that_codes_leave_open_are_looked_at_again(monkeypatch, num_close, crowd):
+    """A crowd that codes cannot tell apart, for none, a few (of 40) or all queries.
+
+    Of the larger one not even a pick in parts takes all.
+    """
+    monkeypatch.setattr(_codes_gpu, "_FEW_ROWS", 1000)
+    nearest.clear_cache()
     rng = np.random.default_rng(5)
     keys = rng.normal(size=(1500, D)).astype(np.float32)
-    keys[:300] = keys[0] + 1e-3 * rng.normal(size=(300, D))
+    place = rng.permutation(1000)
+    place = np.concatenate([place, np.arange(1040, 1500), np.arange(1000, 1040)])[:crowd]
+    keys[place] = keys[0] + 1e-3 * rng.normal(size=(crowd, D))
     queries = rng.normal(size=(40, D)).astype(np.float32)
     # One near key each, and others far from it: no doubt.
     queries = keys[1000:1040] + 0.05 * queries
@@ -326,9 +334,15 @@ def test_a_bound_holds_for_every_row_that_was_not_picked():
     picks = [_codes_xla.pick(queries, table, mask, 32, is_certain=True)]
     if KERNELS == "interpret":
         picks.append(_codes_gpu.pick(queries, table, mask, 32, interpret=True))
+        picks.append(_codes_gpu.pick_in_parts(queries, table, mask, 2, interpret=True))
+        assert picks[-1][0].shape == (2, 4 * 128)
+        assert np.all(picks[-1][1] < picks[-2][1])
     cosine = np.asarray(rows, float) @ np.asarray(queries, float).T
     for picked, bound in picks:
         for query in range(2):
+            own = np.asarray(picked[query])
+            assert len(set(own[own < 2000])) == (own < 2000).sum()
+            assert np.all(np.asarray(mask)[own[own < 2000]])
             left = np.asarray(mask) & ~np.isin(np.arange(2000), picked[query])
             assert cosine[left, query].max() <= bound[query]
             assert bound[query] < cosine[left, query].max() + 0.1

@@ -33,7 +33,10 @@ from moe_jax.ops.search._kernel_parts import (
 )
 from moe_jax.ops.search.code import Code
 
-__all__ = ["MAX_K", "NEEDS", "find", "is_supported", "num_bounds", "num_to_pick", "pick"]
+__all__ = [
+    "MAX_K", "NEEDS", "find", "has_parts", "is_supported", "num_bounds", "num_to_pick", "pick",
+    "pick_in_parts",
+]  # fmt: skip
 
 MAX_K = 48
 """The largest k that these kernels are meant for."""
@@ -49,6 +52,7 @@ _FEW_ROWS = 2**18
 # What leaves room in the registers of a program: bounds among which it picks sections, and chunks.
 _SECTIONS = 8192
 _CHUNKS = 16384
+_PARTS = 4  # of all rows, from each of which as many are picked in a second look
 
 
 def is_supported(num_rows: int, dim: int, k: int) -> bool:
@@ -109,16 +113,46 @@ def pick(
       The rows, N where there are fewer, in no order; and, if certain, a bound on the cosine of
       every candidate that was not picked. Both mean nothing for a query without a direction.
     """
-    outputs = (
-        jax.ShapeDtypeStruct((queries.shape[0], num_picked), jnp.int32),
-        jax.ShapeDtypeStruct((queries.shape[0],), jnp.float32),
-    )
-    # In two parts a bound is higher than it need be, which does not matter where it has room.
-    parts = 2 if num_picked >= 128 else 1
-    return _select(
-        queries, (), table, is_candidate, outputs, num_picked=num_picked, parts=parts,
-        is_certain=is_certain, interpret=interpret,
-    )  # fmt: skip
+    how = {"is_certain": is_certain, "interpret": interpret}
+    bounds = _bounds(queries, table, is_candidate, **how)
+    return _pick(bounds, queries, table, is_candidate, num_picked, **how)
+
+
+def has_parts(num_rows: int) -> bool:
+    """Whether `pick_in_parts` is worth it: a program that may do it takes the host longer."""
+    return num_rows >= _FEW_ROWS
+
+
+def pick_in_parts(
+    queries: Float[Array, "Q D"],
+    table: Code,
+    is_candidate: Bool[Array, "N"],
+    k: int,
+    *,
+    interpret: bool = False,
+) -> tuple[Int[Array, "Q F"], Float[Array, "Q"]]:
+    """Pick several times as many rows as `pick`, as many from each of a few parts of the rows.
+
+    Args:
+      queries: as in `pick`.
+      table: as in `pick`.
+      is_candidate: as in `pick`.
+      k: how many are wanted.
+      interpret: as in `pick`.
+
+    Returns:
+      As `pick`, if certain.
+    """
+    how = {"is_certain": True, "interpret": interpret}
+    sections, chunks = _bounds(queries, table, is_candidate, **how)
+    part = jnp.arange(sections.shape[1]) * _PARTS // sections.shape[1]
+    num_picked = num_to_pick(k, 1, is_candidate.shape[0], is_certain=True)
+    picked = []
+    for i in range(_PARTS):
+        own = jnp.where(part == i, sections, -jnp.inf), chunks
+        picked.append(_pick(own, queries, table, is_candidate, num_picked, **how))
+    ids, bound = zip(*picked, strict=True)
+    return jnp.concatenate(ids, axis=1), functools.reduce(jnp.maximum, bound)
 
 
 def find(
@@ -147,13 +181,34 @@ def find(
     """
     # Even if all of the best lie in one part, it has room for them.
     parts = 2 if num_picked >= 3 * k else 1
+    how = {"is_certain": False, "interpret": interpret}
+    bounds = _bounds(queries, table, is_candidate, **how)
     return _select(
-        queries, (keys,), table, is_candidate, found_shapes(queries.shape[0], k),
-        num_picked=num_picked, parts=parts, is_certain=False, interpret=interpret,
+        bounds, queries, (keys,), table, is_candidate, found_shapes(queries.shape[0], k),
+        num_picked=num_picked, parts=parts, **how,
     )  # fmt: skip
 
 
+def _pick(
+    bounds: tuple[Array, Array],
+    queries: Float[Array, "Q D"],
+    table: Code,
+    is_candidate: Bool[Array, "N"],
+    num_picked: int,
+    **how: bool,
+) -> tuple[Int[Array, "Q F"], Float[Array, "Q"]]:
+    outputs = (
+        jax.ShapeDtypeStruct((queries.shape[0], num_picked), jnp.int32),
+        jax.ShapeDtypeStruct((queries.shape[0],), jnp.float32),
+    )
+    # In two parts a bound is higher than it need be, which does not matter where it has room.
+    parts = 2 if num_picked >= 128 else 1
+    return _select(bounds, queries, (), table, is_candidate, outputs, num_picked=num_picked,
+                   parts=parts, **how)  # fmt: skip
+
+
 def _select(
+    bounds: tuple[Array, Array],
     queries: Float[Array, "Q D"],
     keys: tuple[Array, ...],
     table: Code,
@@ -165,8 +220,28 @@ def _select(
     is_certain: bool,
     interpret: bool,
 ) -> Any:
-    num_queries, num_rows = queries.shape[0], table.code.shape[0]
-    per_section = _chunks_per_section(num_rows)
+    num_queries, per_section = queries.shape[0], _chunks_per_section(table.code.shape[0])
+    how = {"num_picked": num_picked, "per_section": per_section, "parts": parts,
+           "is_certain": is_certain}  # fmt: skip
+    # Picking 128 of thousands in four warps takes most of their registers, and half as long again.
+    is_small = num_picked <= 64 and num_picked * per_section <= _CHUNKS // 2
+    inputs = (*bounds, queries, table.code, table.scale, table.error, is_candidate, *keys)
+    return launch(
+        functools.partial(select_kernel, **how), (num_queries,), inputs, outputs,
+        num_warps=4 if num_queries >= _MANY and is_small else 8, num_stages=2, interpret=interpret,
+    )  # fmt: skip
+
+
+def _bounds(
+    queries: Float[Array, "Q D"],
+    table: Code,
+    is_candidate: Bool[Array, "N"],
+    *,
+    is_certain: bool,
+    interpret: bool,
+) -> tuple[Float[Array, "P S"], Float[Array, "P C"]]:
+    """Bounds (or, if not certain, estimates) of every section of chunks, and of every chunk."""
+    per_section = _chunks_per_section(table.code.shape[0])
     coded = _encode(queries, interpret=interpret)
     bounds = _chunk_bounds(*coded, table, is_candidate, with_tiles=per_section > 1,
                            is_certain=is_certain, interpret=interpret)  # fmt: skip
@@ -176,15 +251,7 @@ def _select(
         pad = -sections.shape[1] % tiles
         sections = jnp.pad(sections, ((0, 0), (0, pad)), constant_values=-jnp.inf)
         sections = jnp.max(sections.reshape(sections.shape[0], -1, tiles), axis=2)
-    how = {"num_picked": num_picked, "per_section": per_section, "parts": parts,
-           "is_certain": is_certain}  # fmt: skip
-    # Picking 128 of thousands in four warps takes most of their registers, and half as long again.
-    is_small = num_picked <= 64 and num_picked * per_section <= _CHUNKS // 2
-    inputs = (sections, chunks, queries, table.code, table.scale, table.error, is_candidate, *keys)
-    return launch(
-        functools.partial(select_kernel, **how), (num_queries,), inputs, outputs,
-        num_warps=4 if num_queries >= _MANY and is_small else 8, num_stages=2, interpret=interpret,
-    )  # fmt: skip
+    return sections, chunks
 
 
 def num_bounds(num_rows: int) -> int:

@@ -81,7 +81,7 @@ def chunk_bounds_kernel(
     error = jnp.max(error.reshape(per_tile, CHUNK), axis=1)
     # No direction has the scale 0, which would make a nothing of minus infinity.
     query_scale = jnp.maximum(scale_ref[pl.ds(first_query, block)], 1e-30)
-    best = best * query_scale[:, None] + error[None, :]
+    best = best * query_scale[:, None] + error[None, :] * _longest_code(query_scale, dim)[:, None]
     out_ref[pl.ds(first_query, block), pl.ds(tile * per_tile, per_tile)] = best
     for ref in tile_refs:
         ref[pl.ds(first_query, block), tile] = jnp.max(best, axis=1)
@@ -130,7 +130,7 @@ def select_kernel(
         total = jnp.max(total, axis=1).astype(jnp.float32)
         bound = total * plgpu.load(rows_scale_ref.at[row]) * scale
         if is_certain:
-            bound = bound + plgpu.load(rows_error_ref.at[row])
+            bound = bound + plgpu.load(rows_error_ref.at[row]) * _longest_code(scale, dim)
         bound = jnp.where(counts, bound, -jnp.inf)
         is_group = jax.lax.iota(jnp.int32, num_positions // group) == g
         return jnp.where(is_group[:, None], bound[None, :], bounds)
@@ -140,16 +140,22 @@ def select_kernel(
     picked, second = largest(bound.reshape(num_positions), num_picked, parts)
     ids, counts = _row(row_of(picked, chunks, CHUNK), num_rows)
     ids = jnp.where(counts & (picked < num_positions), ids, num_rows)
-    # The bounds are on the product with the query's code: its own rounding comes on top, times the
-    # length of a row's code, which exceeds one by at most half a step in every coordinate.
+    # The bounds are on the product of the query's code with the row: its own rounding comes on top.
     rest = unit_of(x, towards) - code_of(x, towards) * towards.scale[:, None]
-    longest = 1.001 + 0.004 * dim**0.5
-    own_error = jnp.sqrt(jnp.sum(jnp.sum(rest * rest, axis=1))) * longest + 1e-5
+    own_error = jnp.sqrt(jnp.sum(jnp.sum(rest * rest, axis=1))) * 1.001 + 1e-5
     refs[-1][query] = jnp.maximum(left_out, second) + own_error
     if len(refs) == 2:
         refs[0][query, pl.ds(0, num_picked)] = ids
     else:
         score_and_store(ids, query, query_ref, refs[0], towards, Found(*refs[1:]))
+
+
+def _longest_code(scale: Array, dim: int) -> Array:
+    """How long a unit vector's code may be: each coordinate is off by half a step at most.
+
+    A row's error counts so many times in a product with the code.
+    """
+    return 1.001 + 0.501 * dim**0.5 * scale
 
 
 def _row(position: Array, num_rows: int) -> tuple[Array, Array]:

@@ -59,10 +59,10 @@ def nearest(
     A first pass picks some more than k keys: by eight-bit codes on NVIDIA GPUs, for small k, in two
     fused kernels, and on CPUs for one or two queries of many keys; elsewhere by a float32 matmul.
     Only those are scored exactly. The pass also bounds the cosine of every key left out. Should
-    that bound reach the k-th score (near-ties that the pass cannot tell apart), a finer pass is
-    made, for those queries alone if they are few, and in the end every key is scored exactly, so
-    that the answer never depends on the pick. Queries are multiplied by keys in blocks of 2**28
-    scores.
+    that bound reach the k-th score (near-ties that the pass cannot tell apart), more keys are
+    picked or a finer pass is made, for those queries alone if they are few, and in the end every
+    key is scored exactly, so that the answer never depends on the pick. Queries are multiplied by
+    keys in blocks of 2**28 scores.
 
     Args:
       queries: float32 [Q, D]; one without a direction has no hits.
@@ -199,7 +199,8 @@ def _by_code(
     how: str,
 ) -> Hits:
     keys, mask, k, _, precision = among
-    again = functools.partial(_again, unit=unit, search=functools.partial(_by_matmul, among=among))
+    by_matmul = functools.partial(_by_matmul, among=among)
+    again = functools.partial(_again, unit=unit, search=by_matmul, search_few=by_matmul)
     is_certain = precision == "exact"
     if how == "xla":
         num_picked = _codes_xla.num_to_pick(k, keys.shape[0], is_certain=is_certain)
@@ -210,8 +211,25 @@ def _by_code(
     if precision == "quick":
         found = _codes_gpu.find(queries, keys, code, mask[0], k=k, **options)
         return Hits(found.ids, found.scores, found.is_found)
+    if _codes_gpu.has_parts(keys.shape[0]):
+        closer = functools.partial(_by_parts, among=among, code=code, how=how)
+        again = functools.partial(again, search_few=closer)
     picked = _codes_gpu.pick(unit, code, mask[0], is_certain=is_certain, **options)
     return _best_of(picked, unit, is_query, among, again)
+
+
+def _by_parts(
+    unit: Float[Array, "Q D"], is_query: Bool[Array, "Q"], among: _Among, code: Code, how: str
+) -> Hits:
+    """Picks several times as many keys by code, which seldom leaves anything open."""
+
+    def score_all(found: Hits, is_close: Array) -> Hits:
+        own = _by_matmul(unit, is_close, among)
+        return _chosen(is_close, own, found)
+
+    is_interpreted = how == "interpret"
+    picked = _codes_gpu.pick_in_parts(unit, code, among.mask[0], among.k, interpret=is_interpreted)
+    return _best_of(picked, unit, is_query, among, score_all)
 
 
 def _best_of(
@@ -243,23 +261,27 @@ def _again(
     is_close: Bool[Array, "Q"],
     unit: Float[Array, "Q D"],
     search: Callable[[Array, Array], Hits],
+    search_few: Callable[[Array, Array], Hits],
 ) -> Hits:
-    """Replaces what was found for some queries by `search(queries, is_query)`."""
+    """Replaces what was found for some queries by `search(queries, is_query)`, or `search_few`."""
     num_queries = unit.shape[0]
     most = num_queries // _PART
+    if not most:
+        return _chosen(is_close, search_few(unit, is_close), found)
 
     def for_few() -> Hits:
         at = jnp.nonzero(is_close, size=most, fill_value=num_queries)[0]
-        own = search(unit.at[at].get(mode="fill", fill_value=0.0), at < num_queries)
+        own = search_few(unit.at[at].get(mode="fill", fill_value=0.0), at < num_queries)
         return jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), found, own)
 
     def for_all() -> Hits:
-        own = search(unit, is_close)
-        return jax.tree.map(lambda old, new: jnp.where(is_close[:, None], new, old), found, own)
+        return _chosen(is_close, search(unit, is_close), found)
 
-    if not most:
-        return for_all()
     return jax.lax.cond(jnp.sum(is_close) <= most, for_few, for_all)
+
+
+def _chosen(is_new: Bool[Array, "Q"], new: Hits, old: Hits) -> Hits:
+    return jax.tree.map(lambda new, old: jnp.where(is_new[:, None], new, old), new, old)
 
 
 def _best_of_picked(
