@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from moe_jax.ops.activations import activate
-from moe_jax.ops.gather_rows import gather_rows
 from moe_jax.ops.group_layer_norm import group_layer_norm, group_layer_norm_branch
 from moe_jax.ops.grouped import group_of_rows, grouped_matmul, is_row, make_groups
 from moe_jax.ops.segment_attention import segment_attention
+from moe_jax.ops.spread_rows import spread_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -122,11 +122,13 @@ def test_grouped_matmul(activation, has_residual):
     assert_close(run(in_kernels, grad, x, w, own), wanted, is_used)
 
 
-@pytest.mark.parametrize("columns", [128, 1024])
-def test_gathered_rows_are_the_same_bits(columns):
-    x, row = normal(0, 500, columns), jax.random.randint(jax.random.key(1), (640,), 0, 520)
-    scale = normal(2, 640, dtype=jnp.float32)
-    gather = jax.jit(gather_rows, static_argnames="implementation")
+@pytest.mark.parametrize("columns", [128, 768, 4096])
+def test_spread_rows_are_the_same_bits(columns):
+    x, place = normal(0, 501, columns), jax.random.permutation(jax.random.key(1), 2000)[:1503]
+    source = jnp.full(2000, 1503, jnp.int32).at[place].set(jnp.arange(1503))[:1900]
+    place, scale = place.reshape(501, 3), normal(2, 501, 3, dtype=jnp.float32)
+    spread = jax.jit(spread_rows, static_argnames="implementation")
     for own in (None, scale):
-        wanted = gather(x, row, own, implementation="xla")
-        np.testing.assert_array_equal(gather(x, row, own, implementation="pallas"), wanted)
+        wanted = spread(x, place, source, own, implementation="xla")
+        got = spread(x, place, source, own, implementation="pallas")
+        np.testing.assert_array_equal(got, wanted)

@@ -91,12 +91,13 @@ sys.modules["jax.experimental.pallas.triton"] = None
 import jax, jax.numpy as jnp
 from moe_jax.ops import encode, nearest
 from moe_jax.ops._hardware import runs_triton
-from moe_jax.ops.gather_rows import gather_rows
+from moe_jax.ops.spread_rows import spread_rows
 keys = jnp.eye(128, 64)
 assert not runs_triton()
 print(nearest(keys[:1], keys, jnp.ones(128, bool), k=1, code=encode(keys)).ids.tolist())
 try:
-    gather_rows(jnp.ones((32, 128)), jnp.zeros(32, jnp.int32), implementation="pallas")
+    place, source = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
+    spread_rows(jnp.ones((1, 128)), place, source, implementation="pallas")
 except RuntimeError as error:
     print(error)
 """

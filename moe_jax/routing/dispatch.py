@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops.gather_rows import gather_rows
+from moe_jax.ops.spread_rows import spread_rows
 from moe_jax.routing.plan import RoutingPlan
 
 
@@ -145,11 +145,9 @@ def gather_choices(
     return jnp.take_along_axis(by_token, expert[..., None], axis=2)
 
 
-def _rows(
-    x: Float[Array, "B I D"], row: Int[Array, "B J"], scale: Float[Array, "B J"] | None = None
-) -> Float[Array, "B J D"]:
-    """Rows of each group, times a factor each; a row out of range reads zero."""
-    return jax.vmap(functools.partial(gather_rows, implementation="xla"))(x, row, scale)
+def _rows(x: Float[Array, "B I D"], row: Int[Array, "B J"]) -> Float[Array, "B J D"]:
+    """Rows of each group; a row out of range reads zero."""
+    return jax.vmap(lambda x, row: x.at[row].get(mode="fill", fill_value=0))(x, row)
 
 
 @jax.custom_vjp
@@ -158,17 +156,18 @@ def _gather_tokens(x: Float[Array, "B S D"], index: DispatchIndex) -> Float[Arra
 
 
 def _tokens_of_slots(
-    x: Float[Array, "B S D"], index: DispatchIndex, weight: Float[Array, "B I"] | None = None
+    x: Float[Array, "B S D"], index: DispatchIndex, weight: Float[Array, "B S K"] | None = None
 ) -> Float[Array, "E B C D"]:
-    """Each slot's token, times the slot's weight."""
+    """Each slot's token, times its choice's weight."""
     batch, num_experts, capacity = index.choice_of_slot.shape
-    token = index.choice_of_slot // index.slot_of_choice.shape[-1]
-    token = token.reshape(batch, -1)
+    source = index.choice_of_slot.reshape(batch, -1)
     if batch == 1:
-        rows = gather_rows(x[0], token[0], None if weight is None else weight[0])
+        one = None if weight is None else weight[0]
+        rows = spread_rows(x[0], index.slot_of_choice[0], source[0], one)
     else:
-        # Groups may be sharded, and the kernel is for one device.
-        rows = _rows(x, token, weight)
+        # Groups may be sharded, and the kernels are for one device.
+        spread = jax.vmap(functools.partial(spread_rows, implementation="xla"))
+        rows = spread(x, index.slot_of_choice, source, weight)
     return jnp.swapaxes(rows.reshape(batch, num_experts, capacity, -1), 0, 1)
 
 
@@ -207,10 +206,7 @@ def _combine_bwd(residuals, grad):
     outputs, weight, index = residuals
     chosen = _gather_choices_of(outputs, index)
     grad_weight = jnp.einsum("bso,bsko->bsk", grad, chosen, preferred_element_type=jnp.float32)
-    batch = weight.shape[0]
-    flat_choice = index.choice_of_slot.reshape(batch, -1)
-    slot_weight = _rows(weight.reshape(batch, -1, 1), flat_choice)[..., 0]
-    grad_outputs = _tokens_of_slots(grad.astype(outputs.dtype), index, slot_weight)
+    grad_outputs = _tokens_of_slots(grad.astype(outputs.dtype), index, weight)
     return grad_outputs, grad_weight.astype(weight.dtype), None
 
 
