@@ -52,10 +52,12 @@ COLUMNS = {
 }
 
 
-def difference(found: Mapping[str, np.ndarray], true: Mapping[str, np.ndarray]) -> float:
-    """The largest relative difference, by norm, of any of the numbers; infinite for a NaN."""
-    each = [np.linalg.norm(found[n] - true[n]) / np.linalg.norm(true[n]) for n in true]
-    return float(np.nan_to_num(np.max(each), nan=np.inf))
+def differences(
+    found: Mapping[str, np.ndarray], true: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    """The relative difference, by norm, of each of the numbers; infinite for a NaN."""
+    each = {n: np.linalg.norm(found[n] - true[n]) / np.linalg.norm(true[n]) for n in true}
+    return {name: float(np.nan_to_num(value, nan=np.inf)) for name, value in each.items()}
 
 
 def compare(ladder: list[Rung], measured: Rows) -> Rows:
@@ -70,14 +72,15 @@ def compare(ladder: list[Rung], measured: Rows) -> Rows:
             below = below.on
         row = {"name": rung.name, "on": below and below.name, "promised": rung.promised} | row
         if "ms" in row:
-            found = difference(row.pop("numbers"), numbers)
+            found = differences(row.pop("numbers"), numbers)
             row |= {
                 "speed_up": first["ms"] / row["ms"] if "ms" in first else None,
                 "over_last": by_name[below.name]["ms"] / row["ms"] if below else None,
                 "gib": _gib(row),
                 "ratio": _gib(row) / whole if _gib(row) else None,
-                "difference": found,
-                "agrees": found <= TOLERANCE[row["arithmetic"]],
+                "differences": found,
+                "difference": max(found.values()),
+                "agrees": max(found.values()) <= TOLERANCE[row["arithmetic"]],
             }
         if rung.times and "ms" in first:
             row["promised_ms"] = [first["ms"] / times for times in rung.times]
