@@ -54,6 +54,17 @@ def test_a_rung_that_computes_something_else_is_told_of(climbed, wrong):
     assert "TOO LARGE" in ladder.table("inference", rows)
 
 
+def test_a_token_with_other_experts_is_counted_and_left_out():
+    rng = np.random.default_rng(0)
+    true = {"output": rng.normal(size=(2, 50, 8)), "created": np.float32(7)}
+    output = true["output"] * (1 + 1e-4 * rng.normal(size=(2, 50, 8)))
+    output[1, 3] = rng.normal(size=8)
+    each, rerouted = ladder.differences({"output": output, "created": np.float32(7)}, true)
+    assert rerouted == 0.01
+    assert 0 < each["output"] < 3e-4
+    assert each["created"] == 0
+
+
 def test_a_failed_rung_leaves_the_others(climbed, tmp_path):
     chosen, (first, last) = climbed
     three = [chosen[0], chosen[0].add("fails"), chosen[1]]
