@@ -117,6 +117,27 @@ def test_padding_never_matters():
         jax.tree.map(np.testing.assert_array_equal, getattr(out, name), getattr(other, name))
 
 
+@pytest.mark.parametrize(
+    "changes", [{"expert": "transformer"}, {"dispatch": "dropless"}, {"memory_read": True}], ids=str
+)
+def test_nan_in_padding_reaches_no_output_and_no_gradient(changes):
+    x, graph = inputs(), system_of(**changes).create_graph()
+    is_valid = jnp.arange(S)[None] < jnp.arange(S - B, S)[:, None]
+    run = compiled(**changes)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def step(params, x):
+        variables = {**variables_of(**changes), "params": params}
+        out = run(variables, x, graph, is_valid=is_valid)
+        return jnp.sum(out.output**2) + out.losses.total, out.output
+
+    params = variables_of(**changes)["params"]
+    wanted = step(params, jnp.where(is_valid[..., None], x, 0.0))
+    got = step(params, jnp.where(is_valid[..., None], x, jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
 def test_rows_do_not_leak():
     variables, run = variables_of(expert="transformer"), compiled(expert="transformer")
     everywhere = jnp.ones((B, S), bool)
