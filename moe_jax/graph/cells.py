@@ -81,7 +81,8 @@ def build_cells(
 
     Where more nodes want a cell than it has places, those nearest to its centroid get them; the
     others try their second to fourth choice, then the overflow list, and then further cells, so
-    that every node has a place if there are as many places as nodes.
+    that every node has a place if there are as many places as nodes. Of a graph that is not full
+    as many cells are used as its nodes fill as well, or a probe would find a node or two.
 
     Args:
       graph: the graph.
@@ -247,6 +248,7 @@ def _learn(
     init: str,
 ) -> Float[Array, "L D"]:
     """Centroids of the live nodes; jitted, so that assigning every node is left out."""
+    share = graph.num_live / graph.num_nodes
     return spherical_kmeans(
         graph.key,
         num_cells,
@@ -256,6 +258,7 @@ def _learn(
         init=init if start is None else start,
         sample=sample_per_cell * num_cells,
         balance=_BALANCE,
+        num_used=jnp.maximum(1.0, jnp.ceil(num_cells * share)),
     ).centroids
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from moe_jax._types import Array, Float, Int, PRNGKey
+from moe_jax._types import Array, Bool, Float, Int, PRNGKey
 from moe_jax.ops.similarity import normalize
 from moe_jax.ops.top_k import top_k
 
@@ -44,6 +44,7 @@ def spherical_kmeans(
     init: str | Array = "random",
     sample: int | None = None,
     balance: float | None = None,
+    num_used: ArrayLike | None = None,
 ) -> Clusters:
     """Spherical k-means (Dhillon and Modha 2001, section 3): a row joins its most similar centroid.
 
@@ -65,6 +66,8 @@ def spherical_kmeans(
       sample: learn from at most so many rows, drawn at random, and then assign all of them.
       balance: split clusters that weigh more than so many times the mean, at the cost of those
         below a quarter of it, in all rounds but the last two. Never by default.
+      num_used: int32 scalar, which may be traced: only the first so many clusters take part, and
+        the others stay zero. All by default.
 
     Returns:
       `Clusters`.
@@ -100,7 +103,8 @@ def spherical_kmeans(
             raise ValueError(f"{name} must have shape {(rows,)}, got {value.shape}")
     weight = jnp.where(is_valid, weight, 0.0)
     seeds, start = (init, None) if isinstance(init, str) else ("given", init)
-    return _kmeans(x, weight, key, start, num_clusters, iterations, seeds, sample, balance)
+    is_used = jnp.arange(num_clusters) < (num_clusters if num_used is None else num_used)
+    return _kmeans(x, weight, key, start, is_used, iterations, seeds, sample, balance)
 
 
 @functools.partial(jax.jit, static_argnums=(2,))
@@ -140,18 +144,19 @@ def nearest_centroids(
     return _repeat(num_chunks, one, empty)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
 def _kmeans(
     x: Array,
     weight: Array,
     key: PRNGKey,
     start: Array | None,
-    num_clusters: int,
+    is_used: Bool[Array, "L"],
     iterations: int,
     init: str,
     sample: int | None,
     balance: ArrayLike | None,
 ) -> Clusters:
+    num_clusters = is_used.shape[0]
     x = jax.lax.stop_gradient(x)
     weight = jnp.where(jnp.any(x != 0.0, axis=1), weight, 0.0)
     draw, seed, rounds = jax.random.split(key, 3)
@@ -166,6 +171,7 @@ def _kmeans(
         centroids = _plus_plus(rows, row_weight, seed, num_clusters)
     else:
         centroids = start
+    centroids = jnp.where(is_used[:, None], centroids, 0.0)
 
     def step(i: Array, centroids: Array) -> Array:
         own, score, sums, mass = _average(rows, row_weight, centroids)
@@ -175,7 +181,7 @@ def _kmeans(
         ratio = None if balance is None else jnp.where(i < iterations - 2, balance, jnp.inf)
         fit = jnp.where(row_weight > 0, score, jnp.inf)
         key = jax.random.fold_in(rounds, i)
-        return _reseed(rows, mean, own, fit, mass, ratio, key)
+        return _reseed(rows, mean, own, fit, mass, is_used, ratio, key)
 
     if x.shape[0]:
         centroids = jax.lax.fori_loop(0, iterations, step, centroids)
@@ -254,25 +260,27 @@ def _reseed(
     own: Int[Array, "N"],
     fit: Float[Array, "N"],
     mass: Float[Array, "L"],
+    is_used: Bool[Array, "L"],
     ratio: Float[Array, ""] | None,
     key: PRNGKey,
 ) -> Float[Array, "L D"]:
     """Move the lightest clusters to rows that need one; `fit` is inf where a row is masked."""
     count = min(x.shape[0], centroids.shape[0])
-    num_moved, need = jnp.sum(mass <= 0), -fit
+    num_moved, need = jnp.sum(is_used & (mass <= 0)), -fit
     if ratio is not None:
-        mean = jnp.mean(mass)
+        mean = jnp.sum(mass) / jnp.sum(is_used)
         limit = ratio * mean
         # Rows of clusters that are too heavy come first, whatever their fit (need <= 1 for others).
         is_heavy = (mass > limit)[own] & (fit < jnp.inf)
         need = jnp.where(is_heavy, 2.0 + jax.random.uniform(key, fit.shape), need)
         wanted = jnp.sum(jnp.where(mass > limit, jnp.ceil(mass / limit) - 1.0, 0.0))
-        num_light = jnp.sum(mass < mean / 4)
+        num_light = jnp.sum(is_used & (mass < mean / 4))
         num_moved = jnp.maximum(num_moved, jnp.minimum(num_light, wanted.astype(jnp.int32)))
     need, row = jax.lax.top_k(need, count)
     turn = jnp.arange(count)
     is_moved = (turn < num_moved) & (need > -jnp.inf)
-    at = jnp.where(is_moved, jnp.argsort(mass)[:count], centroids.shape[0])
+    lightest = jnp.argsort(jnp.where(is_used, mass, jnp.inf))[:count]
+    at = jnp.where(is_moved, lightest, centroids.shape[0])
     return centroids.at[at].set(x[row], mode="drop")
 
 

@@ -80,7 +80,8 @@ def test_few_probes_find_what_is_in_those_cells():
     queries = np.random.default_rng(1).normal(size=(8, D)).astype(np.float32)
     hits = probe(graph, cells, queries, k=K, probes=2, first_pass="keys")
     for q, query in enumerate(queries):
-        near = np.argsort(-(np.asarray(cells.centroids) @ query), kind="stable")[:2]
+        cosine = np.where(cells.counts > 0, np.asarray(cells.centroids) @ query, -np.inf)
+        near = np.argsort(-cosine, kind="stable")[:2]
         seen = set(np.asarray(cells.members)[near].ravel()) | set(np.asarray(cells.overflow))
         unit = graph_oracle.normalize(query)
         scored = sorted((-graph_oracle.cosine(unit, np.asarray(graph.key[n])), n)
@@ -183,6 +184,29 @@ def test_recall_of_few_probes_on_clusters():
     truth = np.argsort(-queries @ keys.T, axis=1)[:, :10]
     found = np.asarray(probe(graph, cells, queries, k=10, probes=16).ids)
     assert np.mean((truth[:, :, None] == found[:, None]).any(2)) > 0.95
+
+
+def test_a_young_graph_has_as_few_cells_as_nodes_fill():
+    rng = np.random.default_rng(0)
+    keys = np.asarray(normalize(jnp.asarray(rng.normal(size=(100, 16)), jnp.float32)))
+    graph, _ = insert(KnowledgeGraph.create(5000, 16), keys)
+    cells = build_cells(graph, key=KEY)
+    assert (cells.num_cells, int(np.sum(np.any(cells.centroids != 0, axis=1)))) == (283, 6)
+    assert int(num_missing(graph, cells)) == 0
+    hits = probe(graph, cells, keys, k=10).ids, exact(graph, keys, k=10).ids
+    same = (np.asarray(hits[0])[:, :, None] == np.asarray(hits[1])[:, None]).any(2)
+    assert same.mean() == 1.0  # eight probes are all of six cells
+
+    # What comes later has a place, and finds itself.
+    more = np.asarray(normalize(jnp.asarray(rng.normal(size=(1000, 16)), jnp.float32)))
+    graph, info = insert(graph, more)
+    cells = update_cells(graph, cells, info.node_id)
+    assert int(num_missing(graph, cells)) == 0
+    assert np.any(cells.counts[6:] > 0)
+    refined = refine_cells(graph, cells, key=KEY)
+    assert int(np.sum(np.any(refined.centroids != 0, axis=1))) == 63
+    hits = probe(graph, refined, more, k=1)
+    assert np.mean(hits.ids[:, 0] == info.node_id) > 0.99
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
