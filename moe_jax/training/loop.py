@@ -79,7 +79,7 @@ def train(
     Raises:
         DivergedError: a loss or gradient is not finite; checkpoints saved before stay.
         ValueError: `directory` holds checkpoints and `resume` is False, or they are of another
-            model, seed or batch.
+            model, seed, batch or corpus.
 
     Example:
         >>> from moe_jax.config import smallest_run
@@ -92,7 +92,7 @@ def train(
     directory = None if directory is None else Path(directory)
     model, optimizer = MoELanguageModel(config.model), make_optimizer(c)
     init_key, step_key = jax.random.split(jax.random.key(c.seed))
-    keeper = Keeper(config, directory)
+    keeper = Keeper(config, directory, corpus)
     latest = keeper.latest()
     if latest is None:
         state, graph = create_state(model, optimizer, init_key), create_graph(model)
@@ -280,8 +280,8 @@ class Evaluator:
 class Keeper:
     """The run's checkpoints: everything at given steps, the graph by its own count of updates."""
 
-    def __init__(self, config: RunConfig, directory: Path | None) -> None:
-        self._config = config
+    def __init__(self, config: RunConfig, directory: Path | None, corpus: Corpus) -> None:
+        self._config, self._corpus = config, corpus.digest
         moe, training = config.model.moe, config.training
         self._run = None
         if directory is not None:
@@ -296,7 +296,7 @@ class Keeper:
         """Saves the state, and the graph besides if its updates are due."""
         step = int(jax.device_get(state.step))
         if self._run is not None:
-            note = {"config": self._config.to_dict(), "data_position": step}
+            note = {"config": self._config.to_dict(), "data_position": step, "corpus": self._corpus}
             self._run.save(step, {"state": state.saved, "graph": graph}, note)
         if self._graphs is not None:
             self._graphs.maybe_save(graph)
@@ -313,6 +313,8 @@ class Keeper:
             now, then = (getattr(c.training, name) for c in (self._config, saved))
             if now != then:
                 raise ValueError(f"the checkpoint was saved with {name}={then}, got {now}")
+        if note.get("corpus", self._corpus) != self._corpus:
+            raise ValueError("the checkpoint was saved with another corpus")
         copy = jax.jit(matrix_copies, static_argnums=1)
         copies = copy(tree["state"].params, self._config.model.moe.compute_dtype)
         return TrainState(*tree["state"], copies), tree["graph"]

@@ -1,5 +1,6 @@
 """The training step, the loop, checkpoints and exact resume."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -180,10 +181,10 @@ def test_copies_follow_the_parameters(corpus, tmp_path):
     assert same(state.copies, matrix_copies(state.params, "bfloat16"))
     assert not same(state.copies, fresh.copies)
     # Checkpoints are without them, and they come back.
-    keeper = Keeper(config, tmp_path)
+    keeper = Keeper(config, tmp_path, corpus)
     keeper.save(state, graph)
     keeper.close()
-    restored, _ = Keeper(config, tmp_path).restore(fresh, graph)
+    restored, _ = Keeper(config, tmp_path, corpus).restore(fresh, graph)
     assert same(restored, state)
 
 
@@ -266,6 +267,9 @@ def test_what_fails_after_a_step_costs_no_training(corpus, tmp_path):
         other = with_training(config, **{name: value})
         with pytest.raises(ValueError, match=f"saved with {name}="):
             train(other, corpus, directory=tmp_path, resume=True)
+    changed = dataclasses.replace(corpus, digests=("0", *corpus.digests[1:]))
+    with pytest.raises(ValueError, match="saved with another corpus"):
+        train(config, changed, directory=tmp_path, resume=True)
 
 
 def test_an_error_between_steps_leaves_the_save_in_flight_whole(corpus, tmp_path):
