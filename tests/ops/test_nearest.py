@@ -210,8 +210,9 @@ def test_the_chunk_of_a_position(num_picked, rows_per_chunk):
         np.testing.assert_array_equal(found, chunks[position // rows_per_chunk])
 
 
-@pytest.mark.parametrize("crowd", [300, 1200])
-@pytest.mark.parametrize("num_close", [0, 1, 5, 6, 33])
+@pytest.mark.parametrize(
+    ("num_close", "crowd"), [(0, 300), (1, 300), (5, 300), (6, 300), (33, 300), (5, 1200)]
+)
 def test_queries_that_codes_leave_open_are_looked_at_again(monkeypatch, num_close, crowd):
     """A crowd that codes cannot tell apart, for none, a few (of 40) or all queries.
 
