@@ -144,28 +144,20 @@ def mosaic(leg: str, shape: GroupedShape) -> dict[str, Function]:
 
 
 def kernels(leg: str, shape: GroupedShape) -> dict[str, Function]:
-    """The library's own kernels for Hopper, on rows laid out beforehand, in each of `TILINGS`."""
+    """The library's own kernels for Hopper, tiled as it does, on rows laid out beforehand."""
     if not _hopper.takes(jnp.zeros((), DTYPE), (shape.experts, shape.inner, shape.outer)):
         raise UnavailableError(f"{jax.devices()[0]} or the widths of {shape} do not suit them")
 
-    def run(tiling: _hopper.Tiling, operands: Operands) -> jax.Array:
+    def run(operands: Operands) -> jax.Array:
         _, w, _, _, x, dy, groups, _ = operands
         if leg == FORWARD:
-            return _hopper.rows_by_matrices(x, w, groups, tiling=tiling)
+            return _hopper.rows_by_matrices(x, w, groups)
         if leg == LEFT:
-            return _hopper.rows_by_matrices(dy, w, groups, transpose=True, tiling=tiling)
-        return _hopper.rows_by_rows(x, dy, groups, tiling=tiling)
+            return _hopper.rows_by_matrices(dy, w, groups, transpose=True)
+        return _hopper.rows_by_rows(x, dy, groups)
 
-    columns = shape.inner if leg == LEFT else shape.outer
-    fitting = (tiling for tiling in TILINGS if columns % tiling.columns == 0)
-    return {str(tiling): functools.partial(run, tiling) for tiling in fitting}
+    return {"": run}
 
-
-TILINGS = tuple(
-    _hopper.Tiling(columns=columns, stages=stages, sweep=sweep)
-    for columns, stages in ((256, 4), (256, 3), (128, 6), (128, 4))
-    for sweep in (4, 12)
-)
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "einsum": einsum,
