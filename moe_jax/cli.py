@@ -41,6 +41,7 @@ def train(
     seed: int | None = None,
     resume: bool = False,
     data: tuple[Path, ...] = (),
+    config: Path | None = None,
 ) -> None:
     """Train a byte language model and its knowledge graph, then ask the graph.
 
@@ -50,6 +51,8 @@ def train(
         seed: Seed of parameters, data order and dropout.
         resume: Go on with the run in --out from its newest complete checkpoint.
         data: Files and folders to learn from; by default the Python standard library's source.
+        config: Sizes and all other options, a file like a run folder's config.json, or a run folder
+            to take them from; by default a small model.
     """
     paths = list(data) or None
     if resume:
@@ -57,17 +60,19 @@ def train(
             raise RunError("--resume needs --out, the folder of the run to go on with")
         if seed is not None and seed != read_config(out).training.seed:
             raise RunError(f"--seed cannot change on --resume, the run has its own, got {seed}")
+        if config is not None:
+            raise RunError(f"--config cannot change on --resume, the run has its own, got {config}")
         total = steps or read_config(out).training.steps
         with TrainingProgress(total, _console) as progress:
             result, corpus = resume_run(out, steps=steps, data=paths, on_step=progress.update)
     else:
         out = out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
-        config = byte_lm()
+        chosen = byte_lm() if config is None else read_config(config)
         changes = {"steps": steps, "seed": seed}
         changes = {name: value for name, value in changes.items() if value is not None}
-        config = config.replace(training=config.training.replace(**changes))
-        with TrainingProgress(config.training.steps, _console) as progress:
-            result, corpus = start_run(out, config, data=paths, on_step=progress.update)
+        chosen = chosen.replace(training=chosen.training.replace(**changes))
+        with TrainingProgress(chosen.training.steps, _console) as progress:
+            result, corpus = start_run(out, chosen, data=paths, on_step=progress.update)
 
     references = baselines(corpus, read_config(out))
     _console.print(closing_table(result.evaluation, references, int(result.graph.num_live)))

@@ -56,6 +56,28 @@ def test_a_run_folder_holds_config_metrics_checkpoints_and_plots(run):
     assert any((run / "checkpoints").iterdir())
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_config_gives_the_options(monkeypatch, capsys, tmp_path, is_folder):
+    training = smallest_run().training.replace(seed=7, learning_rate=0.5)
+    file = tmp_path / "config.json"
+    file.write_text(smallest_run().replace(training=training).to_json())
+    started = []
+
+    def start_run(out, config, **how):
+        started.append(config)
+        raise cli.RunError("enough")
+
+    monkeypatch.setattr(cli, "start_run", start_run)
+    given = tmp_path if is_folder else file
+    assert call(monkeypatch, "train", "--config", given, "--steps", 5, "--out", tmp_path / "r") == 2
+    assert started == [smallest_run().replace(training=training.replace(steps=5))]
+    assert call(monkeypatch, "train", "--config", tmp_path / "none", "--out", tmp_path / "r") == 2
+    assert "it has no config.json" in capsys.readouterr().err
+    words = "train", "--resume", "--out", tmp_path, "--config", file
+    assert call(monkeypatch, *words) == 2
+    assert "--config cannot change on --resume" in capsys.readouterr().err
+
+
 def test_training_closes_with_baselines_queries_and_paths(monkeypatch, capsys, tmp_path, data):
     monkeypatch.setattr(cli._console, "_width", 160, raising=False)
     assert call(monkeypatch, "train", "--out", tmp_path / "run", "--data", data, "--steps", 2) == 0

@@ -253,19 +253,23 @@ def open_run(directory: str | Path) -> Run:
     return Run(directory, config, step, model, tree["state"].params, tree["graph"], sources)
 
 
-def read_config(directory: str | Path) -> RunConfig:
-    """Reads a run folder's config.
+def read_config(path: str | Path) -> RunConfig:
+    """Reads the config of a run folder, or one in a JSON file of its own.
+
+    Args:
+        path: the folder or the file.
 
     Raises:
-        RunError: there is no run in the folder, or the config is damaged.
+        RunError: there is none, or it is damaged.
     """
-    path = Path(directory) / _CONFIG
-    if not path.is_file():
-        raise RunError(f"no run in {directory}: it has no {_CONFIG}")
+    path = Path(path)
+    file = path if path.is_file() else path / _CONFIG
+    if not file.is_file():
+        raise RunError(f"no run in {path}: it has no {_CONFIG}")
     try:
-        return RunConfig.from_json(path.read_text())
+        return RunConfig.from_json(file.read_text())
     except (ValueError, OSError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+        raise RunError(f"{file} cannot be read: {error}") from error
 
 
 def baselines(corpus: Corpus, config: RunConfig) -> dict[str, float]:
