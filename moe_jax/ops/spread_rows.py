@@ -1,6 +1,7 @@
 """Rows of an array copied to several places each."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def spread_rows(
             return out
         own = scale.reshape(-1).at[source].get(mode="fill", fill_value=0)
         return (out.astype(jnp.float32) * own[:, None]).astype(x.dtype)
-    columns = next(n for n in (4096, 2048, 1024, 512, 256, 128) if x.shape[1] % n == 0)
+    columns = math.gcd(x.shape[1], _ENTRIES)
     rows = _ENTRIES // columns
     run = functools.partial(launch, num_warps=4, interpret=implementation == "interpret")
     out = run(
@@ -97,15 +98,17 @@ def _clear_kernel(_, source_ref, out_ref, *, num_choices):
     row, is_row = _own_rows(pl.program_id(0), _ROWS, num_rows)
     is_empty = is_row & (plgpu.load(source_ref.at[row]) >= num_choices)
     to = jnp.where(is_empty, row, num_rows)[:, None]
-    zeros = jnp.zeros((_ROWS, 128), out_ref.dtype)
+    columns = math.gcd(dim, 128)
+    zeros = jnp.zeros((_ROWS, columns), out_ref.dtype)
     mask = jnp.broadcast_to(is_empty[:, None], zeros.shape)
 
     def clear(i, carry):
-        plgpu.store(out_ref.at[to, (i * 128 + jnp.arange(128))[None, :]], zeros, mask=mask)
+        across = (i * columns + jnp.arange(columns))[None, :]
+        plgpu.store(out_ref.at[to, across], zeros, mask=mask)
         return carry
 
     # Most programs have nothing to clear.
-    jax.lax.fori_loop(0, jnp.max(jnp.where(is_empty, dim // 128, 0)), clear, None)
+    jax.lax.fori_loop(0, jnp.max(jnp.where(is_empty, dim // columns, 0)), clear, None)
 
 
 def _own_rows(program: Array, count: int, num_rows: int) -> tuple[Array, Array]:
