@@ -2,7 +2,8 @@
 
 Each row is one setting of probes against exact `moe_jax.graph.search` of the same queries in the
 same run. "us queued" is wall time per call, waiting once for a queue of calls; "us inside" is per
-search with the whole queue in one compiled loop, which leaves out what the host does per call.
+search with the whole queue in one compiled program, one search after the other, which leaves out
+what the host does per call.
 
 Data: "text" is what cells are for, the keys that a token memory of the standard library's source
 holds, and held-out source as queries; it needs `--run`, a folder of `moe-jax train`. The others are
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from search import stacked
 
 from moe_jax.data import load_corpus
 from moe_jax.graph import (
@@ -196,12 +198,9 @@ def timings(
     calls = [queries[i % 8] for i in range(options.queue)]
     queued = seconds(lambda q: find(state, q), calls, options.repeats)
 
-    @jax.jit
-    def inside(state: Any, queries: jax.Array) -> Any:
-        return jax.lax.map(lambda q: find(state, q), queries)
-
-    many = jnp.stack(calls)
-    within = seconds(lambda q: inside(state, q), [many] * 2, options.repeats) / options.queue
+    inside = jax.jit(functools.partial(stacked, find))
+    within = seconds(lambda queue: inside(state, queue), [calls] * 2, options.repeats)
+    within /= options.queue
     return {"us_queued": 1e6 * queued, "us_inside": 1e6 * within}
 
 

@@ -108,7 +108,7 @@ def measure(graph: KnowledgeGraph, num_queries: int, k: int, queue: int) -> dict
     return {**row, "recall": share_found(found.tolist(), true.tolist())}
 
 
-def stacked(find: Callable[..., Hits], graph: KnowledgeGraph, queue: list[jax.Array]) -> Hits:
+def stacked(find: Callable[..., Hits], graph: Any, queue: list[jax.Array]) -> Hits:
     """The hits of a queue; what a program returns costs the host, so it is one array of each."""
     return jax.tree.map(lambda *each: jnp.stack(each), *[find(graph, q) for q in queue])
 

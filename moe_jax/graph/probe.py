@@ -110,7 +110,7 @@ def search_cells(
         )
     threshold = cosine_threshold(threshold)
     # Only what a search reads: handing over whole states takes the host longer than the search.
-    lists = Lists(cells.centroids, cells.members, cells.overflow, cells.counts > 0)
+    lists = Lists(cells.centroids, cells.members, cells.overflow, cells.counts)
     return _search(
         graph.key, graph.codes, graph.is_live, fields, lists, queries, wanted, threshold,
         k=k, probes=probes, first_pass=first_pass, reproducible=reproducible,

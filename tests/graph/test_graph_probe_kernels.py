@@ -1,5 +1,7 @@
 """The fused search of cells against the plain one; kernels run as ordinary operations here."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,17 @@ def test_the_kernels_find_what_plain_operations_find(graph, cells, probes):
     np.testing.assert_allclose(quick.scores, want.scores, atol=1e-6)
     away = np.asarray(quick.ids != want.ids)
     np.testing.assert_allclose(quick.scores[away], np.asarray(want.scores)[away], atol=1e-6)
+
+
+def test_a_query_alone_finds_what_it_finds_among_others(graph, cells):
+    """One query takes another way to its cells."""
+    find = functools.partial(
+        search_cells, graph, cells, k=6, probes=2, implementation="pallas", reproducible=False
+    )
+    together = find(queries())
+    for i, alone in enumerate(find(row[None]) for row in queries()):
+        np.testing.assert_array_equal(alone.ids[0], together.ids[i])
+        np.testing.assert_allclose(alone.scores[0], together.scores[i], atol=1e-6)
 
 
 def test_with_all_cells_probed_a_filtered_search_is_exact(graph, cells):

@@ -26,14 +26,15 @@ from moe_jax.ops.search._kernel_parts import (
     takes_width,
     unit_of,
 )
-from moe_jax.ops.search._kernel_picks import largest_chunks, largest_within
+from moe_jax.ops.search._kernel_picks import largest_chunks, largest_within, parts_for
 from moe_jax.ops.search.code import Code
 
 __all__ = ["is_supported", "probe"]
 
 _TILE = 128  # places of a cell that one program scores
 _CELLS = 16  # centroids that one program scores
-_QUERIES = 16  # queries that one program scores centroids for
+_QUERIES = 16  # queries that one program scores centroids for, unless there are few
+_FEW_QUERIES = 2  # for so few a sum of products is faster than matrix units
 _RANKS_PER_COSINE = 2**15
 _UNUSED = -1.05  # below every cosine, and above where the search for a rank begins
 _MAX_CELLS = 16384  # cosines of a query that fit the second kernel's registers
@@ -53,7 +54,7 @@ def probe(
     centroids: Float[Array, "L D"],
     members: Int[Array, "L P"],
     overflow: Int[Array, "V"],
-    is_used: Bool[Array, "L"],
+    counts: Int[Array, "L"],
     probes: int,
     num_picked: int,
     k: int,
@@ -70,7 +71,7 @@ def probe(
       centroids: float32 [L, D], unit vectors.
       members: int32 [L, P], the rows in each cell, N in an empty place.
       overflow: int32 [V], rows that every query looks at, likewise.
-      is_used: bool [L], the cells that are worth a probe.
+      counts: int32 [L], the rows in each cell; one without is not worth a probe.
       probes: how many cells each query looks into, at most L.
       num_picked: F, a power of two from 16, how many rows are scored in full.
       k: how many of them are returned, at most F.
@@ -85,10 +86,11 @@ def probe(
     floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
 
-    grid = -(-num_cells // _CELLS), -(-num_queries // _QUERIES)
+    block = 1 if num_queries <= _FEW_QUERIES else _QUERIES
+    grid = -(-num_cells // _CELLS), -(-num_queries // block)
     cosine = call(
-        functools.partial(_cosine_kernel, step=step_of(dim, 128)), grid,
-        (queries, centroids, is_used), floats((num_queries, num_cells)), num_warps=4,
+        functools.partial(_cosine_kernel, block=block, step=step_of(dim, 512)), grid,
+        (queries, centroids, counts), floats((num_queries, num_cells)), num_warps=4,
     )  # fmt: skip
     cell = call(
         functools.partial(_pick_cells_kernel, probes=probes), (num_queries,),
@@ -114,20 +116,21 @@ def probe(
         num_warps=4,
     )  # fmt: skip
     return Found(*call(
-        functools.partial(_select_kernel, num_picked=num_picked, rows_per_chunk=rows_per_chunk),
+        functools.partial(_select_kernel, num_picked=num_picked, rows_per_chunk=rows_per_chunk,
+                          parts=parts_for(k, num_picked)),
         (num_queries,), (bounds, score, row, queries, keys), found_shapes(num_queries, k)[:3],
         num_warps=4,
     ), None)  # fmt: skip
 
 
-def _cosine_kernel(query_ref, centroid_ref, used_ref, out_ref, *, step):
+def _cosine_kernel(query_ref, centroid_ref, counts_ref, out_ref, *, block, step):
     num_cells, dim = centroid_ref.shape
     num_queries = query_ref.shape[0]
-    first_cell, first_query = pl.program_id(0) * _CELLS, pl.program_id(1) * _QUERIES
-    towards = direction(load_queries(query_ref, first_query, _QUERIES))
+    first_cell, first_query = pl.program_id(0) * _CELLS, pl.program_id(1) * block
+    towards = direction(load_queries(query_ref, first_query, block))
     cell = first_cell + jax.lax.iota(jnp.int32, _CELLS)
-    at = first_query + jax.lax.iota(jnp.int32, _QUERIES)
-    is_there = jnp.broadcast_to((at < num_queries)[:, None], (_QUERIES, step))
+    at = first_query + jax.lax.iota(jnp.int32, block)
+    is_there = jnp.broadcast_to((at < num_queries)[:, None], (block, step))
 
     def multiply(i, total):
         column = i * step + jax.lax.iota(jnp.int32, step)
@@ -138,16 +141,16 @@ def _cosine_kernel(query_ref, centroid_ref, used_ref, out_ref, *, step):
             query_ref.at[jnp.minimum(at, num_queries - 1)[:, None], column[None, :]],
             mask=is_there, other=0.0,
         )  # fmt: skip
+        x = unit_of(x, towards)
+        if block == 1:
+            return total + jnp.sum(centroid * x, axis=1)[None, :]
         return total + jax.lax.dot_general(
-            unit_of(x, towards),
-            centroid,
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
+            x, centroid, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
 
-    total = jnp.zeros((_QUERIES, _CELLS), jnp.float32)
+    total = jnp.zeros((block, _CELLS), jnp.float32)
     total = jax.lax.fori_loop(0, dim // step, multiply, total)
-    is_used = plgpu.load(used_ref.at[jnp.minimum(cell, num_cells - 1)])
+    is_used = plgpu.load(counts_ref.at[jnp.minimum(cell, num_cells - 1)]) > 0
     total = jnp.where(is_used[None, :], total, _UNUSED)
     mask = (at < num_queries)[:, None] & (cell < num_cells)[None, :]
     plgpu.store(out_ref.at[at[:, None], cell[None, :]], total, mask=mask)
@@ -234,11 +237,11 @@ def _scan_kernel(
 
 def _select_kernel(
     bound_ref, score_ref, row_ref, query_ref, key_ref, ids_ref, scores_ref, is_found_ref,
-    *, num_picked, rows_per_chunk,
+    *, num_picked, rows_per_chunk, parts,
 ):  # fmt: skip
     query, num_rows = pl.program_id(0), key_ref.shape[0]
-    chunks, _ = largest_chunks(bound_ref, query, num_picked)
-    at, _ = largest_within(score_ref, query, chunks, rows_per_chunk, num_picked)
+    chunks, _ = largest_chunks(bound_ref, query, num_picked, parts)
+    at, _ = largest_within(score_ref, query, chunks, rows_per_chunk, num_picked, parts)
     is_there = at < score_ref.shape[1]
     at = jnp.where(is_there, at, 0)
     ids = plgpu.load(row_ref.at[query, at], mask=is_there, other=num_rows)

@@ -31,6 +31,7 @@ from moe_jax.ops.search._kernel_parts import (
     step_of,
     takes_width,
 )
+from moe_jax.ops.search._kernel_picks import parts_for
 from moe_jax.ops.search.code import Code
 
 __all__ = [
@@ -179,13 +180,11 @@ def find(
     Returns:
       `Found`.
     """
-    # Even if all of the best lie in one part, it has room for them.
-    parts = 2 if num_picked >= 3 * k else 1
     how = {"is_certain": False, "interpret": interpret}
     bounds = _bounds(queries, table, is_candidate, **how)
     return _select(
         bounds, queries, (keys,), table, is_candidate, found_shapes(queries.shape[0], k),
-        num_picked=num_picked, parts=parts, **how,
+        num_picked=num_picked, parts=parts_for(k, num_picked), **how,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from moe_jax._types import Array, Float, Int
 from moe_jax.ops._hardware import triton as plgpu
 
-__all__ = ["chunk_of", "largest", "largest_chunks", "largest_within", "row_of"]
+__all__ = ["chunk_of", "largest", "largest_chunks", "largest_within", "parts_for", "row_of"]
 
 _LOWEST = -(2**31)
 
@@ -47,6 +47,11 @@ def largest(
     rest = jnp.max(jnp.max(packed, axis=0))
     bound = ((rest >> bits) + 1).astype(jnp.float32) / steps
     return taken.reshape(count), jnp.where(rest > _LOWEST, bound, -jnp.inf)
+
+
+def parts_for(k: int, num_picked: int) -> int:
+    """In how many parts to pick for the best k: even if all lie in one, it has room for them."""
+    return 2 if num_picked >= 3 * k else 1
 
 
 def largest_chunks(

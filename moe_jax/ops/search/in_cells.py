@@ -33,13 +33,13 @@ class Lists(NamedTuple):
       centroids: float32 [L, D], unit vectors.
       members: int32 [L, P], rows, N in an empty place.
       overflow: int32 [V], likewise.
-      is_used: bool [L], the cells that have members; the others are not worth a probe.
+      counts: int32 [L], how many members each cell has; one without is not worth a probe.
     """
 
     centroids: Float[Array, "L D"]
     members: Int[Array, "L P"]
     overflow: Int[Array, "V"]
-    is_used: Bool[Array, "L"]
+    counts: Int[Array, "L"]
 
     def num_places(self, probes: int) -> int:
         """How many places a query looks at."""
@@ -85,7 +85,7 @@ def nearest_in_cells(
 
     Example:
       >>> keys = jnp.eye(2)
-      >>> lists = Lists(keys, jnp.array([[0], [1]]), jnp.array([2]), jnp.ones(2, bool))
+      >>> lists = Lists(keys, jnp.array([[0], [1]]), jnp.array([2]), jnp.ones(2, int))
       >>> candidates = jnp.ones(2, bool)
       >>> find = jax.jit(nearest_in_cells, static_argnames=("k", "probes"))
       >>> find(keys[1:], keys, encode(keys), candidates, lists, k=1, probes=1).ids.tolist()
@@ -133,7 +133,7 @@ def _num_to_pick(k: int) -> int:
 def _candidates(queries: Float[Array, "Q D"], lists: Lists, probes: int) -> Int[Array, "Q F"]:
     """The rows in the cells that each query probes and in the overflow list."""
     rows = queries.shape[0]
-    cosine = jnp.where(lists.is_used[None], dot_rows(queries, lists.centroids), -jnp.inf)
+    cosine = jnp.where(lists.counts[None] > 0, dot_rows(queries, lists.centroids), -jnp.inf)
     _, cell = _top_k(cosine, probes)
     inside = jax.lax.collapse(lists.members[cell], 1, 3)
     overflow = jnp.broadcast_to(lists.overflow[None], (rows, lists.overflow.shape[0]))
