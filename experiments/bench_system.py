@@ -100,7 +100,7 @@ class SystemCase:
             state, result = step(state, inputs[i % NUM_INPUTS])
             return state, result
 
-        times, (_, (result, stats)) = time_calls(call, jax.block_until_ready, options.repeats)
+        times, (_, (result, stats, *_)) = time_calls(call, jax.block_until_ready, options.repeats)
         if not bool(jnp.all(jnp.isfinite(result))):
             raise FloatingPointError("there are numbers that are not finite")
         dropped = float(stats.dropped_fraction)
@@ -228,7 +228,8 @@ def least_bytes(case: SystemCase, config: MoEConfig, variables: Any) -> float:
 def make_step(system: MoESystem, case: SystemCase) -> tuple[Callable, Any]:
     """The compiled step, (state, x) -> (state, (result, stats)), and its first state.
 
-    The state's first entry is the variables; what changes of it is donated.
+    A training step gives its routing plan, too. The state's first entry is the variables; what
+    changes of it is donated.
     """
     config = system.config
     variables = jax.jit(lambda key: cast_experts(
@@ -291,7 +292,8 @@ def _training_step(
             moved = balanced_bias(bias_of(variables), out.stats.load, rate)
             variables = with_bias(variables, moved)
         copies = matrix_copies(variables, dtype)
-        return Training(variables, copies, moments, graph, key), (value, out.stats)
+        after = Training(variables, copies, moments, graph, key)
+        return after, (value, out.stats, out.plan)
 
     copies = jax.jit(matrix_copies, static_argnums=1)(variables, dtype)
     moments = jax.jit(optimizer.init)(variables)

@@ -15,6 +15,7 @@ from harness import GIB, machine, peak_bytes, planned_bytes
 
 from moe_jax import MoESystem
 from moe_jax.config import MoEConfig, colab, h100, tiny
+from moe_jax.routing import RoutingPlan
 
 Task = Literal["inference", "training"]
 SIZES = {
@@ -24,6 +25,7 @@ SIZES = {
     "tiny": (tiny(), 2, 16),
 }
 NUM_INPUTS, IN_A_ROW, SAMPLED = 4, 10, 4096
+DROPPED = 2**16  # added to the number of an expert that had no room
 BUFFERED = "command buffers"
 BUFFERS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
 
@@ -93,8 +95,8 @@ def build(task: Task, config: MoEConfig) -> tuple[Callable, Any, Any]:
         train, state = make_step(system, case)
 
         def training_step(fixed: None, state: Any, x: jax.Array) -> tuple[Any, dict]:
-            state, (loss, _) = train.__wrapped__(state, x)
-            return state, {"loss": loss}
+            state, (loss, _, plan) = train.__wrapped__(state, x)
+            return state, {"loss": loss, "experts": experts_of(plan)}
 
         return training_step, None, state
     variables = jax.jit(lambda key: cast_experts(
@@ -104,9 +106,15 @@ def build(task: Task, config: MoEConfig) -> tuple[Callable, Any, Any]:
 
     def inference_step(variables: Any, graph: Any, x: jax.Array) -> tuple[Any, dict]:
         after, out, _ = infer(variables, graph, x)
-        return after, {"output": out.output, "created": after.num_live - graph.num_live}
+        created = after.num_live - graph.num_live
+        return after, {"output": out.output, "created": created, "experts": experts_of(out.plan)}
 
     return inference_step, variables, jax.jit(lambda: half_full(system.create_graph()))()
+
+
+def experts_of(plan: RoutingPlan) -> jax.Array:
+    """[B, S, K] the experts of every token in ascending order, E and above for dropped choices."""
+    return jnp.sort(jnp.where(plan.is_kept, plan.expert, plan.expert + DROPPED), axis=-1)
 
 
 def measure(task: Task, rung: Rung, size: str, shape: tuple[int, int] | None, repeats: int) -> dict:
@@ -169,7 +177,7 @@ class Runner:
 
 
 def first_numbers(run: Runner, inputs: list[jax.Array]) -> dict[str, np.ndarray]:
-    """What the first steps compute: outputs of the first, or its gradients and everyone's loss."""
+    """What the first steps compute: results of the first, its gradients, and everyone's loss."""
     numbers, losses = {}, []
     for x in inputs:
         results = {name: np.asarray(value, np.float32) for name, value in run(x).items()}

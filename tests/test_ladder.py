@@ -57,12 +57,28 @@ def test_a_rung_that_computes_something_else_is_told_of(climbed, wrong):
 def test_a_token_with_other_experts_is_counted_and_left_out():
     rng = np.random.default_rng(0)
     true = {"output": rng.normal(size=(2, 50, 8)), "created": np.float32(7)}
+    true["experts"] = np.tile([1.0, 4.0], (2, 50, 1))
     output = true["output"] * (1 + 1e-4 * rng.normal(size=(2, 50, 8)))
-    output[1, 3] = rng.normal(size=8)
-    each, rerouted = ladder.differences({"output": output, "created": np.float32(7)}, true)
-    assert rerouted == 0.01
+    experts = true["experts"].copy()
+    output[1, 3], experts[1, 3] = rng.normal(size=8), [1, 5]
+    each, rerouted = ladder.differences(true | {"output": output, "experts": experts}, true)
+    assert rerouted == pytest.approx(0.01)
+    assert set(each) == {"output", "created"}
     assert 0 < each["output"] < 3e-4
     assert each["created"] == 0
+
+
+@pytest.mark.parametrize(("moved", "agrees"), [(0, False), (1, True), (9, False)])
+def test_gradients_may_differ_more_where_tokens_have_other_experts(moved, agrees):
+    experts = np.zeros((2, 100, 3), np.float32)
+    true = {"gradient": np.ones(50), "losses": np.ones(4), "experts": experts}
+    other = experts.copy()
+    other[0, :moved, 2] = 1
+    row = {"ms": 1.0, "planned_gib": 1.0, "arithmetic": "tf32"}
+    off = {"gradient": 1.05 * true["gradient"], "losses": true["losses"], "experts": other}
+    ladder_of_two = rungs.rungs("training")[:2]
+    rows = ladder.compare(ladder_of_two, [row | {"numbers": true}, row | {"numbers": off}])
+    assert [each["agrees"] for each in rows] == [True, agrees]
 
 
 def test_a_failed_rung_leaves_the_others(climbed, tmp_path):
