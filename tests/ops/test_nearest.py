@@ -310,18 +310,61 @@ def test_groups_of_keys(vectors, monkeypatch, mask, k):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels are chosen by size elsewhere")
-@pytest.mark.parametrize(("num_queries", "by_code"), [(1, True), (2, True), (3, False)])
-def test_few_queries_of_many_keys_read_codes_on_a_cpu(num_queries, by_code):
-    keys = jnp.zeros((_codes_xla.MIN_ROWS, D))
-    code, mask = encode(keys), jnp.ones(keys.shape[0], bool)
+@pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.parametrize(
+    ("precision", "num_queries", "can"),
+    [("exact", 1, True), ("exact", 4, True), ("exact", 5, False), ("quick", 40, True)],
+)
+def test_codes_of_many_keys_are_read_on_a_cpu(monkeypatch, precision, num_queries, can, is_fast):
+    monkeypatch.setattr(_codes_xla, "is_fast", lambda: is_fast)
+    nearest.clear_cache()
+    num_keys = _codes_xla.MIN_ROWS
+    keys, code, mask, queries = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+        (jnp.zeros((num_keys, D)), encode(jnp.zeros((num_keys, D))), jnp.ones(num_keys, bool),
+         jnp.zeros((5, num_queries, D))),
+    )  # fmt: skip
 
-    def find(queries):
-        return jax.lax.map(lambda each: nearest(each, keys, mask, 3, code=code), queries)
+    def find(queries, keys, code, mask):
+        search = functools.partial(nearest, k=3, code=code, precision=precision)
+        return jax.lax.map(lambda each: search(each, keys, mask), queries)
 
-    queries = jax.ShapeDtypeStruct((5, num_queries, D), jnp.float32)
-    run = jax.jit(find).lower(queries).compile()
-    assert (f"s8[{keys.shape[0]},{D}]" in run.as_text()) == by_code
-    assert f"s16[{keys.shape[0]}" not in run.as_text().split("ENTRY")[1]  # made before the loop
+    text = jax.jit(find).lower(queries, keys, code, mask).compile().as_text()
+    nearest.clear_cache()
+    assert (f"s8[{num_keys},{D}]" in text) == (can and is_fast)
+    # Nothing as large as the keys is made of their codes, once or in the loop.
+    assert f"s32[{num_keys},{D}]" not in text
+    assert f"s16[{num_keys},{D}]" not in text
+
+
+@pytest.mark.parametrize("mask", ["all", "some", "few"])
+@pytest.mark.parametrize("k", [1, 7])
+def test_groups_of_codes(vectors, monkeypatch, mask, k):
+    """Chunks of which the last reaches back; fewer groups than there are hold the best."""
+    queries, keys = vectors
+    sizes = {"_CHUNK": 32, "_GROUP": 2, "_NUM_GROUPS": 40, "_FEW_QUERIES": 0}
+    for name, size in sizes.items():
+        monkeypatch.setattr(_codes_xla, name, size)
+    mask = jnp.asarray(MASKS[mask])
+    scores, ids = _codes_xla.best_of_groups(queries, keys, encode(keys), mask, k)
+    _, wanted, is_valid = expected(queries, keys, mask, k)
+    np.testing.assert_allclose(np.where(is_valid, scores, 0), wanted, rtol=0, atol=1e-6)
+    score = np.take_along_axis(np.asarray(exact_cosine(queries, keys)), np.asarray(ids), axis=1)
+    np.testing.assert_allclose(np.where(is_valid, score, 0), wanted, rtol=0, atol=1e-6)
+    for own in np.asarray(ids):
+        assert len(set(own)) == k
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="in plain XLA on a CPU")
+@pytest.mark.parametrize("num_keys", [1, 3, 297])
+def test_keys_that_no_group_divides(vectors, num_keys):
+    queries, keys = vectors
+    keys, k = keys[:num_keys], min(num_keys, 5)
+    hits = nearest(queries, keys, jnp.ones(num_keys, bool), k, code=encode(keys),
+                   precision="quick", implementation="code")  # fmt: skip
+    _, scores, is_valid = expected(queries, keys, np.ones(num_keys, bool), k)
+    np.testing.assert_array_equal(hits.is_valid, is_valid)
+    np.testing.assert_allclose(hits.scores, scores, rtol=0, atol=1e-6)
 
 
 def test_a_bound_holds_for_every_row_that_was_not_picked():

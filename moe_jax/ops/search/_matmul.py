@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops.blocks import in_blocks
+from moe_jax.ops.search._groups import best_by_groups
 from moe_jax.ops.similarity import dot_rows, exact_cosine
 from moe_jax.ops.top_k import top_k
 
@@ -21,14 +21,13 @@ _CHUNK = 2**18
 _OVERFETCH = 8
 _FEW = 32
 
-# On CPUs: queries that are worth groups, groups for each that is searched, keys in a chunk, keys
-# that share a maximum, and coordinates of keys scored at a time.
+# On CPUs: queries that are worth groups, groups for each that is searched, keys in a chunk, and
+# keys that share a maximum.
 _MANY = 64
 _SPARE = 20
 _SHORT_CHUNK = 2000
 _EXACT_CHUNK = 2**10
 _GROUP = 10
-_AT_ONCE = 2**19
 
 _Top = tuple[Float[Array, "Q k"], Int[Array, "Q k"]]
 
@@ -70,7 +69,14 @@ def roughly_best(
         8 * _SHORT_CHUNK, _SPARE * _GROUP * k
     )
     if jax.default_backend() == "cpu" and is_worth_it:
-        return _best_by_groups(queries, keys, mask, k)
+
+        def score(start: Int[Array, ""], size: int) -> Float[Array, "C Q"]:
+            part = jax.lax.dynamic_slice_in_dim(keys, start, size)
+            return jax.lax.optimization_barrier(dot_rows(part, queries))
+
+        return best_by_groups(
+            score, queries, keys, mask, k, num_groups=k, chunk=_SHORT_CHUNK, group=_GROUP
+        )
     return _best(_rough, queries, keys, mask, k, keys_at_once(num_keys))
 
 
@@ -111,44 +117,6 @@ def _best(
     )
     best, at = top_k(best, k)
     return best, jnp.take_along_axis(ids, at, axis=1)
-
-
-def _best_by_groups(
-    queries: Float[Array, "Q D"], keys: Float[Array, "N D"], mask: Bool[Array, "#Q N"], k: int
-) -> _Top:
-    """As `_best` of cosines: the k groups with the largest maxima hold the k best.
-
-    Scores are not kept, which would cost more than to compute those of k groups again.
-    """
-    num_keys, num_queries = keys.shape[0], queries.shape[0]
-    per_chunk = _SHORT_CHUNK // _GROUP
-
-    def maxima(first: Int[Array, ""]) -> Float[Array, "G Q"]:
-        start = jnp.minimum(first, num_keys - _SHORT_CHUNK)
-        part = jax.lax.dynamic_slice_in_dim(keys, start, _SHORT_CHUNK)
-        own = jax.lax.dynamic_slice_in_dim(mask, start, _SHORT_CHUNK, 1)
-        own = own & (start + jnp.arange(_SHORT_CHUNK) >= first)[None]
-        score = jax.lax.optimization_barrier(dot_rows(part, queries))
-        score = jnp.where(own.T, score, -jnp.inf)
-        return jnp.max(score.reshape(per_chunk, _GROUP, num_queries), axis=1)
-
-    chunks = jnp.arange(0, num_keys, _SHORT_CHUNK, dtype=jnp.int32)
-    best = jax.lax.map(maxima, chunks).reshape(-1, num_queries)
-    group = jnp.sort(top_k(best.T, k)[1], axis=1)  # equal scores stay in the order of their keys
-    first = group // per_chunk * _SHORT_CHUNK
-    row = jnp.minimum(first, num_keys - _SHORT_CHUNK) + group % per_chunk * _GROUP
-    row = row[:, :, None] + jnp.arange(_GROUP, dtype=jnp.int32)[None, None]
-    own = (row >= first[:, :, None]).reshape(num_queries, -1)
-    row = row.reshape(own.shape)
-    own = own & (mask[0][row] if mask.shape[0] == 1 else jnp.take_along_axis(mask, row, axis=1))
-
-    def score(queries: Array, row: Array) -> Array:
-        dots = jnp.einsum("qnd,qd->qn", keys[row], queries, precision=jax.lax.Precision.HIGHEST)
-        return jax.lax.optimization_barrier(dots)
-
-    size = max(1, _AT_ONCE // (row.shape[1] * keys.shape[1]))
-    scores, at = top_k(jnp.where(own, in_blocks(score, (queries, row), size), -jnp.inf), k)
-    return scores, jnp.take_along_axis(row, at, axis=1)
 
 
 def _rough(queries: Float[Array, "Q D"], keys: Float[Array, "N D"]) -> Float[Array, "Q N"]:

@@ -57,7 +57,8 @@ def nearest(
     """The k keys with the largest exact cosine to each query, ties to the lower index.
 
     A first pass picks some more than k keys: by eight-bit codes on NVIDIA GPUs, for small k, in two
-    fused kernels, and on CPUs for one or two queries of many keys; elsewhere by a float32 matmul.
+    fused kernels, and on CPUs among many keys, for a few queries or if "quick"; elsewhere by a
+    float32 matmul.
     Only those are scored exactly. The pass also bounds the cosine of every key left out. Should
     that bound reach the k-th score (near-ties that the pass cannot tell apart), more keys are
     picked or a finer pass is made, for those queries alone if they are few, and in the end every
@@ -107,9 +108,10 @@ def nearest(
 
     def by_code() -> Hits:
         find = functools.partial(_by_code, among=among, code=code, how=how)
-        # In plain XLA each query is a pass of its own, and memory is read for each.
-        at_once = max(1, SCORES_AT_ONCE // _codes_gpu.num_bounds(num_keys))
-        most = _codes_xla.MAX_QUERIES if how == "xla" else at_once
+        per_query = num_keys if how == "xla" else _codes_gpu.num_bounds(num_keys)
+        most = max(1, SCORES_AT_ONCE // per_query)
+        if how == "xla" and precision != "quick":
+            most = min(most, _codes_xla.MAX_QUERIES)
         return in_blocks(find, (queries, unit, is_query), most)
 
     def by_matmul() -> Hits:
@@ -144,16 +146,18 @@ def _resolve(implementation: str | None, num_queries: int, among: _Among, code: 
     how = names[implementation or "code"]
     if how == "matmul":
         return how
-    codes = _codes_xla if how == "xla" else _codes_gpu
-    fits = code is not None and among.mask.shape[0] == 1 and codes.is_supported(*shape, among.k)
+    fits = code is not None and among.mask.shape[0] == 1
+    fits = fits and (how == "xla" or _codes_gpu.is_supported(*shape, among.k))
     if implementation is None:
-        is_few = num_queries <= _codes_xla.MAX_QUERIES and shape[0] >= _codes_xla.MIN_ROWS
-        pays = runs_triton() if how == "kernels" else backend == "cpu" and is_few
-        return how if fits and pays else "matmul"
+        if how == "kernels":
+            return how if fits and runs_triton() else "matmul"
+        fits = fits and backend == "cpu" and shape[0] >= _codes_xla.MIN_ROWS
+        fits = fits and (num_queries <= _codes_xla.MAX_QUERIES or among.precision == "quick")
+        return how if fits and _codes_xla.is_fast() else "matmul"
     if not fits:
         raise ValueError(
-            f"implementation={implementation!r} needs code, one is_candidate for all queries, "
-            f"{codes.NEEDS}, got keys {shape} and k={among.k}"
+            f"implementation={implementation!r} needs code, one is_candidate for all queries and, "
+            f"on a GPU, {_codes_gpu.NEEDS}, got keys {shape} and k={among.k}"
         )
     return how
 
@@ -202,6 +206,9 @@ def _by_code(
     by_matmul = functools.partial(_by_matmul, among=among)
     again = functools.partial(_again, unit=unit, search=by_matmul, search_few=by_matmul)
     is_certain = precision == "exact"
+    if how == "xla" and precision == "quick":
+        scores, ids = _codes_xla.best_of_groups(unit, keys, code, mask[0], k)
+        return _hits(unit, ids, scores, among)
     if how == "xla":
         num_picked = _codes_xla.num_to_pick(k, keys.shape[0], is_certain=is_certain)
         picked = _codes_xla.pick(unit, code, mask[0], num_picked, is_certain=is_certain)
