@@ -48,8 +48,8 @@ def search(
       min_confidence: only nodes at least this confident.
       reproducible: make certain of every last near-tie. False is faster: what differs from the
         k-th score by less than the first pass's rounding may be missed or, in another shape, come
-        in another order: 1e-6, or about 1e-3 on GPUs, and on CPUs for one or two queries, where
-        the first pass reads eight-bit codes and what it picks is scored in full.
+        in another order: 1e-6, or about 1e-3 on GPUs and, among many nodes, on CPUs, where the
+        first pass reads eight-bit codes and what it picks is scored in full.
       implementation: of the first pass, see `moe_jax.ops.nearest`.
 
     Returns:
