@@ -64,10 +64,6 @@ def differences(
 
     Infinite for a NaN. Outputs are compared for the tokens that were not rerouted.
     """
-
-    def size(x: np.ndarray, axis: int | None = None) -> np.ndarray:
-        return np.linalg.norm(x, axis=axis)
-
     found, true = dict(found), dict(true)
     is_same = np.all(found.pop("experts") == true.pop("experts"), axis=-1)
     for numbers in found, true:
@@ -75,7 +71,8 @@ def differences(
             numbers["output"] = numbers["output"][is_same]
     share = 1.0 - float(is_same.mean())
     with np.errstate(invalid="ignore"):
-        each = {name: size(found[name] - true[name]) / size(true[name]) for name in true}
+        norm = np.linalg.norm
+        each = {name: norm(found[name] - true[name]) / norm(true[name]) for name in true}
     return {n: float(np.nan_to_num(value, nan=np.inf)) for n, value in each.items()}, share
 
 

@@ -113,7 +113,7 @@ def build(task: Task, config: MoEConfig) -> tuple[Callable, Any, Any]:
 
 
 def experts_of(plan: RoutingPlan) -> jax.Array:
-    """[B, S, K] the experts of every token in ascending order, E and above for dropped choices."""
+    """[B, S, K] the experts of every token in ascending order, plus `DROPPED` where dropped."""
     return jnp.sort(jnp.where(plan.is_kept, plan.expert, plan.expert + DROPPED), axis=-1)
 
 

@@ -58,12 +58,11 @@ def nearest(
 
     A first pass picks some more than k keys: by eight-bit codes on NVIDIA GPUs, for small k, in two
     fused kernels, and on CPUs among many keys, for a few queries or if "quick"; elsewhere by a
-    float32 matmul.
-    Only those are scored exactly. The pass also bounds the cosine of every key left out. Should
-    that bound reach the k-th score (near-ties that the pass cannot tell apart), more keys are
-    picked or a finer pass is made, for those queries alone if they are few, and in the end every
-    key is scored exactly, so that the answer never depends on the pick. Queries are multiplied by
-    keys in blocks of 2**28 scores.
+    float32 matmul. Only those are scored exactly. The pass also bounds the cosine of every key left
+    out. Should that bound reach the k-th score (near-ties that the pass cannot tell apart), more
+    keys are picked or a finer pass is made, for those queries alone if they are few, and in the end
+    every key is scored exactly, so that the answer never depends on the pick. Queries are
+    multiplied by keys in blocks of 2**28 scores.
 
     Args:
       queries: float32 [Q, D]; one without a direction has no hits.
@@ -157,7 +156,7 @@ def _resolve(implementation: str | None, num_queries: int, among: _Among, code: 
     if not fits:
         raise ValueError(
             f"implementation={implementation!r} needs code, one is_candidate for all queries and, "
-            f"on a GPU, {_codes_gpu.NEEDS}, got keys {shape} and k={among.k}"
+            f"for kernels, {_codes_gpu.NEEDS}, got keys {shape} and k={among.k}"
         )
     return how
 
