@@ -15,7 +15,9 @@ try:
 except ImportError:  # jax means to drop it one day
     triton = None
 
-__all__ = ["is_hopper", "launch", "runs_triton", "triton", "triton_or_xla"]
+__all__ = [
+    "is_hopper", "launch", "num_multiprocessors", "runs_triton", "triton", "triton_or_xla",
+]  # fmt: skip
 
 
 def runs_triton() -> bool:
@@ -29,6 +31,12 @@ def is_hopper() -> bool:
     if jax.default_backend() != "gpu":
         return False
     return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
+
+
+@functools.cache
+def num_multiprocessors() -> int:
+    """Of the first GPU; of an H100 where there is none."""
+    return jax.devices()[0].core_count if jax.default_backend() == "gpu" else 132
 
 
 def triton_or_xla(implementation: str | None, x: Array, *, fits: bool) -> str:

@@ -170,7 +170,7 @@ def test_hopper_kernels_interpreted(leg, monkeypatch):
     """The kernels' own code, every warpgroup, barrier and copy of it, run by an interpreter."""
     if leg != "forward" and jax.__version_info__ < (0, 11):
         pytest.skip("the interpreter of this jax cannot read a transposed operand")
-    monkeypatch.setattr(_hopper, "_num_programs", lambda: 2)
+    monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: 2)
     sizes, (x, w, grad) = [70, 0, 5], operands(jnp.bfloat16)
     groups, n = make_groups(jnp.array(sizes), 80), sum(sizes)
     row = np.flatnonzero(is_row(groups))
@@ -197,7 +197,7 @@ NEWER = pytest.mark.skipif(
 @NEWER
 @pytest.mark.parametrize("slots", [2, 4])
 def test_hopper_kernels_add_a_bias_and_take_gelu_before_rounding(slots, monkeypatch):
-    monkeypatch.setattr(_hopper, "_num_programs", lambda: 2)
+    monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: 2)
     sizes, (x, w, bias) = [70, 0, 5], operands(jnp.bfloat16)
     groups, w, bias = make_groups(jnp.array(sizes), 80), w / 8, bias[:3]
     row, n = np.flatnonzero(is_row(groups)), sum(sizes)
@@ -212,7 +212,7 @@ def test_hopper_kernels_add_a_bias_and_take_gelu_before_rounding(slots, monkeypa
 
 
 def test_hopper_kernels_gate_before_rounding(monkeypatch):
-    monkeypatch.setattr(_hopper, "_num_programs", lambda: 2)
+    monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: 2)
     sizes, (x, w, _) = [70, 0, 5], operands(jnp.bfloat16)
     groups, w, n = make_groups(jnp.array(sizes), 80), w / 8, sum(sizes)
     row = np.flatnonzero(is_row(groups))
@@ -225,7 +225,7 @@ def test_hopper_kernels_gate_before_rounding(monkeypatch):
 
 @NEWER
 def test_hopper_kernels_add_a_residual_before_rounding(monkeypatch):
-    monkeypatch.setattr(_hopper, "_num_programs", lambda: 2)
+    monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: 2)
     # The second group's second tile is half a tile, and one block is of no group.
     sizes, (x, w, residual) = [20, 140, 1], operands(jnp.bfloat16, rows=200)
     groups, n = make_groups(jnp.array(sizes), 225), sum(sizes)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Float
-from moe_jax.ops._hardware import is_hopper
+from moe_jax.ops._hardware import is_hopper, num_multiprocessors
 from moe_jax.ops.grouped._hopper_kernels import ROWS, SWIZZLED, rows_kernel, sums_kernel
 from moe_jax.ops.grouped.groups import BLOCK, Groups, first_above
 
@@ -60,7 +60,7 @@ def tiling_for(
     if not widths or other % 64:
         return None
     # Few rows are a matter of reading the matrices, which takes all multiprocessors.
-    busy = [width for width in widths if num_row_tiles * columns // width >= _num_programs()]
+    busy = [width for width in widths if num_row_tiles * columns // width >= num_multiprocessors()]
     width = busy[0] if busy else widths[-1]
     if width < 256:
         # Narrow tiles are short of work per byte, and have room for more steps.
@@ -87,12 +87,6 @@ def fuses(activation: str | None, bias: Array | None, residual: Array | None, ou
     """Whether `rows_by_matrices` can do all of it before it stores its sums, J wide."""
     is_plain = bias is None and residual is None and outer % 256 == 0
     return activation in (None, "gelu_tanh") or (activation == "swiglu" and is_plain)
-
-
-@functools.cache
-def _num_programs() -> int:
-    """One per multiprocessor."""
-    return jax.devices()[0].core_count if jax.default_backend() == "gpu" else 132
 
 
 def row_tiles(groups: Groups) -> tuple[Array, Array, Array, Array]:
@@ -211,7 +205,7 @@ def rows_by_rows(
         raise ValueError(f"x and y must be 128 and 64 times some width, got {inner} and {outer}")
     kernel = functools.partial(
         sums_kernel, tiling=tiling, inner=inner, outer=outer, num_groups=groups.num_groups,
-        num_programs=_num_programs(),
+        num_programs=num_multiprocessors(),
     )  # fmt: skip
     out = jax.ShapeDtypeStruct((groups.num_groups, inner, outer), x.dtype)
     blocks = ((tiling.depth, ROWS), (tiling.depth, tiling.columns))
@@ -235,7 +229,7 @@ def _launch(
     return plgpu.kernel(
         kernel,
         out_type=out,
-        grid=(_num_programs(),),
+        grid=(num_multiprocessors(),),
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",

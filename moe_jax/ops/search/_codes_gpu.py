@@ -2,11 +2,11 @@
 
 The first multiplies queries by codes and keeps only an upper bound of the cosine for every chunk of
 rows, so that queries x rows never exists; it is limited by reading the codes, or by the integer
-matrix units. The second takes the most promising chunks of a query, by way of the most promising
-sections of many chunks where there are too many for one program, scores their rows by code, picks
-the most promising rows, scores those in full and sorts them. No row outside the pick has a larger
-cosine than the bound returned. A small kernel before them normalises and codes the queries at
-once: for few queries every launch counts.
+matrix units. For many queries Hopper has one of its own, `_codes_hopper`. The second takes the most
+promising chunks of a query, by way of the most promising sections of many chunks where there are
+too many for one program, scores their rows by code, picks the most promising rows, scores those in
+full and sorts them. No row outside the pick has a larger cosine than the bound returned. A small
+kernel before them normalises and codes the queries at once: for few queries every launch counts.
 """
 
 import functools
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops._hardware import launch
+from moe_jax.ops.search import _codes_hopper
 from moe_jax.ops.search._codes_kernels import (
     CHUNK,
     TILE,
@@ -225,9 +226,11 @@ def _select(
     # Picking 128 of thousands in four warps takes most of their registers, and half as long again.
     is_small = num_picked <= 64 and num_picked * per_section <= _CHUNKS // 2
     inputs = (*bounds, queries, table.code, table.scale, table.error, is_candidate, *keys)
+    # Programs of four warps share a multiprocessor and its memory; one of eight has it all.
+    num_warps, num_stages = (4, 2) if num_queries >= _MANY and is_small else (8, 3)
     return launch(
         functools.partial(select_kernel, **how), (num_queries,), inputs, outputs,
-        num_warps=4 if num_queries >= _MANY and is_small else 8, num_stages=2, interpret=interpret,
+        num_warps=num_warps, num_stages=num_stages, interpret=interpret,
     )  # fmt: skip
 
 
@@ -303,6 +306,10 @@ def _chunk_bounds(
     If not certain, the largest estimates.
     """
     num_queries, dim = code.shape
+    if not interpret and _codes_hopper.takes(num_queries, dim):
+        return _codes_hopper.chunk_bounds(
+            code, scale, table, is_candidate, with_tiles=with_tiles, is_certain=is_certain
+        )
     num_rows = table.code.shape[0]
     block = _query_block(num_queries)
     tiles = -(-num_rows // TILE)

@@ -23,7 +23,9 @@ from moe_jax.ops.search._kernel_picks import (
     row_of,
 )
 
-__all__ = ["CHUNK", "TILE", "chunk_bounds_kernel", "encode_kernel", "select_kernel"]
+__all__ = [
+    "CHUNK", "TILE", "chunk_bounds_kernel", "encode_kernel", "longest_code", "select_kernel",
+]  # fmt: skip
 
 TILE = 128
 """Rows of codes that one program multiplies."""
@@ -81,7 +83,7 @@ def chunk_bounds_kernel(
     error = jnp.max(error.reshape(per_tile, CHUNK), axis=1)
     # No direction has the scale 0, which would make a nothing of minus infinity.
     query_scale = jnp.maximum(scale_ref[pl.ds(first_query, block)], 1e-30)
-    best = best * query_scale[:, None] + error[None, :] * _longest_code(query_scale, dim)[:, None]
+    best = best * query_scale[:, None] + error[None, :] * longest_code(query_scale, dim)[:, None]
     out_ref[pl.ds(first_query, block), pl.ds(tile * per_tile, per_tile)] = best
     for ref in tile_refs:
         ref[pl.ds(first_query, block), tile] = jnp.max(best, axis=1)
@@ -130,7 +132,7 @@ def select_kernel(
         total = jnp.max(total, axis=1).astype(jnp.float32)
         bound = total * plgpu.load(rows_scale_ref.at[row]) * scale
         if is_certain:
-            bound = bound + plgpu.load(rows_error_ref.at[row]) * _longest_code(scale, dim)
+            bound = bound + plgpu.load(rows_error_ref.at[row]) * longest_code(scale, dim)
         bound = jnp.where(counts, bound, -jnp.inf)
         is_group = jax.lax.iota(jnp.int32, num_positions // group) == g
         return jnp.where(is_group[:, None], bound[None, :], bounds)
@@ -150,7 +152,7 @@ def select_kernel(
         score_and_store(ids, query, query_ref, refs[0], towards, Found(*refs[1:]))
 
 
-def _longest_code(scale: Array, dim: int) -> Array:
+def longest_code(scale: Array, dim: int) -> Array:
     """How long a unit vector's code may be: each coordinate is off by half a step at most.
 
     A row's error counts so many times in a product with the code.

@@ -149,13 +149,11 @@ def score_and_store(
     is_found = (ids < num_rows) & is_sound
     ids = jnp.where(is_found, ids, num_rows)
     score = jnp.where(is_found, score, -jnp.inf)
-    # Each goes where as many as are before it leave it; slots part those that are not there.
-    slot = jax.lax.iota(jnp.int32, num_picked)
-    is_level = (score[None, :] == score[:, None]) & (ids[None, :] == ids[:, None])
+    # Each goes where as many as are before it leave it; those that are not there come last.
+    order = jnp.where(is_found, ids, num_rows + jax.lax.iota(jnp.int32, num_picked))
     is_before = (score[None, :] > score[:, None]) | (
-        (score[None, :] == score[:, None]) & (ids[None, :] < ids[:, None])
+        (score[None, :] == score[:, None]) & (order[None, :] < order[:, None])
     )
-    is_before = is_before | (is_level & (slot[None, :] < slot[:, None]))
     rank = jnp.sum(is_before.astype(jnp.int32), axis=1)
     values = (ids, jnp.where(is_found, score, 0.0), is_found)
     for ref, value in zip(out[:3], values, strict=True):
