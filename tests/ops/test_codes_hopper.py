@@ -49,7 +49,7 @@ def assert_same(ours, theirs, is_certain):
 @needs_interpreter
 @pytest.mark.parametrize("is_certain", [False, True])
 @pytest.mark.parametrize(
-    ("num_queries", "num_rows", "dim"), [(128, 700, 256), (256, 401, 128), (128, 128, 384)]
+    ("num_queries", "num_rows", "dim"), [(128, 704, 256), (256, 408, 128), (128, 128, 384)]
 )
 def test_as_the_other_kernel_interpreted(monkeypatch, num_queries, num_rows, dim, is_certain):
     """The kernel's own code, every warpgroup, barrier and copy of it, run by an interpreter."""
@@ -65,15 +65,15 @@ def test_as_the_other_kernel_interpreted(monkeypatch, num_queries, num_rows, dim
 @needs_interpreter
 def test_bounds_hold(monkeypatch):
     monkeypatch.setattr(_codes_hopper, "num_multiprocessors", lambda: 2)
-    queries, _, mask = operands(128, 300, 128)
-    keys = normalize(jax.random.normal(jax.random.key(1), (300, 128)).at[::7, 5].add(8.0))
+    queries, _, mask = operands(128, 304, 128)
+    keys = normalize(jax.random.normal(jax.random.key(1), (304, 128)).at[::7, 5].add(8.0))
     coded = _codes_gpu._encode(queries, interpret=True)
     (chunks,) = _codes_hopper.chunk_bounds(
         *coded, encode(keys), mask, with_tiles=False, is_certain=True, interpret=interpreter()
     )
     of_code = (coded[0] * coded[1][:, None]) @ jnp.where(mask[:, None], keys, 0.0).T
     of_code = np.where(mask, of_code, -np.inf)
-    for tile, first in enumerate([0, 128, 172]):
+    for tile, first in enumerate([0, 128, 176]):
         own = of_code[:, max(first, 128 * tile) : first + 128]
         own = np.pad(own, ((0, 0), (128 - own.shape[1], 0)), constant_values=-np.inf)
         largest = own.reshape(128, 8, 16).max(axis=2)
@@ -93,23 +93,24 @@ def test_programs_share_the_tiles(blocks, num_tiles):
 def test_what_it_takes(monkeypatch):
     monkeypatch.setattr(_codes_hopper, "is_hopper", lambda: True)
     is_new = jax.__version_info__ >= (0, 11)
-    assert _codes_hopper.takes(128, 512) is is_new
-    assert _codes_hopper.takes(4096, 768) is is_new
-    assert not _codes_hopper.takes(64, 512)
-    assert not _codes_hopper.takes(128, 896)
-    assert not _codes_hopper.takes(128, 64)
+    assert _codes_hopper.takes(128, 1000, 512) is is_new
+    assert _codes_hopper.takes(4096, 128, 768) is is_new
+    assert not _codes_hopper.takes(64, 1000, 512)
+    assert not _codes_hopper.takes(128, 1001, 512)
+    assert not _codes_hopper.takes(128, 1000, 896)
+    assert not _codes_hopper.takes(128, 1000, 64)
     monkeypatch.setattr(_codes_hopper, "is_hopper", lambda: False)
-    assert not _codes_hopper.takes(128, 512)
+    assert not _codes_hopper.takes(128, 1000, 512)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_certain", [False, True])
 @pytest.mark.parametrize(
     ("num_queries", "num_rows", "dim"),
-    [(128, 100_000, 512), (4096, 1001, 128), (256, 200_003, 768), (128, 128, 640)],
+    [(128, 100_000, 512), (4096, 1000, 128), (256, 200_008, 768), (128, 128, 640)],
 )
 def test_as_the_other_kernel(monkeypatch, num_queries, num_rows, dim, is_certain):
-    assert _codes_hopper.takes(num_queries, dim) or jax.__version_info__ < (0, 11)
+    assert _codes_hopper.takes(num_queries, num_rows, dim) or jax.__version_info__ < (0, 11)
     queries, table, mask = operands(num_queries, num_rows, dim)
     how = {"with_tiles": True, "is_certain": is_certain, "interpret": False}
 

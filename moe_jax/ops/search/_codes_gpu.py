@@ -306,11 +306,11 @@ def _chunk_bounds(
     If not certain, the largest estimates.
     """
     num_queries, dim = code.shape
-    if not interpret and _codes_hopper.takes(num_queries, dim):
+    num_rows = table.code.shape[0]
+    if not interpret and _codes_hopper.takes(num_queries, num_rows, dim):
         return _codes_hopper.chunk_bounds(
             code, scale, table, is_candidate, with_tiles=with_tiles, is_certain=is_certain
         )
-    num_rows = table.code.shape[0]
     block = _query_block(num_queries)
     tiles = -(-num_rows // TILE)
     step = step_of(dim, 256 if block < 128 else 128)

@@ -27,14 +27,16 @@ _HALF = QUERIES // 2  # of the queries, for each multiplying warpgroup
 _WIDE = 128  # coordinates of a step: a line of shared memory
 _MAX_STEPS = 6  # so that the ring holds a whole tile beside the queries
 _SHARED = 216 * 1024  # bytes for queries and ring, of 227 KiB
+_ALIGNED = 8  # rows between those that a copy may start from
 _DESCRIBED = 4  # tiles whose rows' scales are loaded ahead
 _CHUNKS = TILE // CHUNK
 _LOADER = 2  # the third warpgroup; 0 and 1 multiply
 
 
-def takes(num_queries: int, dim: int) -> bool:
-    """Whether the kernel runs here, for so many queries of such a width."""
+def takes(num_queries: int, num_rows: int, dim: int) -> bool:
+    """Whether the kernel runs here, for such sizes."""
     fits = num_queries % QUERIES == 0 and dim % _WIDE == 0 and dim <= _MAX_STEPS * _WIDE
+    fits = fits and num_rows % _ALIGNED == 0
     # Earlier Pallas has another signature for loads, and its kernels were never tried.
     return fits and jax.__version_info__ >= (0, 11) and is_hopper()
 
@@ -55,7 +57,7 @@ def chunk_bounds(
         code: of queries; 128 divides P.
         scale: of queries.
         table: codes of N rows.
-        is_candidate: the rows that count.
+        is_candidate: the rows that count; 8 divides N.
         with_tiles: whether to give the largest of each tile, too.
         is_certain: bounds; if not, the largest estimates.
         interpret: parameters of Pallas's interpreter, to run without a GPU.
@@ -160,7 +162,8 @@ def _kernel(
             plgpu.copy_gmem_to_smem(
                 about_ref.at[:, _span(tile, TILE)], about.at[place], told.at[place]
             )
-            rows = pl.ds(jnp.minimum(tile * TILE, num_rows - TILE), TILE)
+            first = jnp.minimum(tile * TILE, num_rows - TILE)
+            rows = pl.ds(pl.multiple_of(first, _ALIGNED), TILE)
             for i in range(steps):
                 slot = lax.rem(done + i, jnp.int32(stages))
                 pl.when(done + i >= stages)(lambda slot=slot: plgpu.barrier_wait(consumed.at[slot]))
