@@ -16,21 +16,34 @@ except ImportError:  # jax means to drop it one day
     triton = None
 
 __all__ = [
-    "is_hopper", "launch", "num_multiprocessors", "runs_triton", "triton", "triton_or_xla",
+    "compute_capability", "is_hopper", "launch", "num_multiprocessors", "runs_triton", "triton",
+    "triton_or_xla",
 ]  # fmt: skip
 
 
-def runs_triton() -> bool:
-    """Whether kernels of Pallas's Triton backend run: on a GPU, and while jax has that backend."""
-    return triton is not None and jax.default_backend() == "gpu"
-
-
 @functools.cache
+def compute_capability() -> tuple[int, int]:
+    """Of the first NVIDIA GPU, such as (9, 0) for Hopper; (0, 0) where there is none."""
+    name = ""
+    if jax.default_backend() == "gpu":
+        name = str(getattr(jax.devices()[0], "compute_capability", ""))
+    major, _, minor = name.partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+
+
 def is_hopper() -> bool:
     """Whether programs run on an NVIDIA GPU of compute capability 9."""
-    if jax.default_backend() != "gpu":
-        return False
-    return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
+    return compute_capability()[0] == 9
+
+
+def runs_triton() -> bool:
+    """Whether kernels of Pallas's Triton backend run: while jax has it, on A100, Hopper and later.
+
+    Triton takes no GPU before Ampere, and those of workstations have less shared memory than the
+    kernels here ask for.
+    """
+    capability = compute_capability()
+    return triton is not None and (capability == (8, 0) or capability[0] in (9, 10))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
-from moe_jax.ops._hardware import launch
+from moe_jax.ops._hardware import compute_capability, launch
 from moe_jax.ops.search import _codes_hopper
 from moe_jax.ops.search._codes_kernels import (
     CHUNK,
@@ -226,8 +226,9 @@ def _select(
     # Picking 128 of thousands in four warps takes most of their registers, and half as long again.
     is_small = num_picked <= 64 and num_picked * per_section <= _CHUNKS // 2
     inputs = (*bounds, queries, table.code, table.scale, table.error, is_candidate, *keys)
-    # Programs of four warps share a multiprocessor and its memory; one of eight has it all.
-    num_warps, num_stages = (4, 2) if num_queries >= _MANY and is_small else (8, 3)
+    num_warps = 4 if num_queries >= _MANY and is_small else 8
+    # Programs of four warps share a multiprocessor's memory, and an A100 has less of it.
+    num_stages = 3 if num_warps == 8 and compute_capability()[0] > 8 else 2
     return launch(
         functools.partial(select_kernel, **how), (num_queries,), inputs, outputs,
         num_warps=num_warps, num_stages=num_stages, interpret=interpret,

@@ -56,13 +56,13 @@ def nearest(
 ) -> Hits:
     """The k keys with the largest exact cosine to each query, ties to the lower index.
 
-    A first pass picks some more than k keys: by eight-bit codes on NVIDIA GPUs, for small k, in two
-    fused kernels, and on CPUs among many keys, for a few queries or if "quick"; elsewhere by a
-    float32 matmul. Only those are scored exactly. The pass also bounds the cosine of every key left
-    out. Should that bound reach the k-th score (near-ties that the pass cannot tell apart), more
-    keys are picked or a finer pass is made, for those queries alone if they are few, and in the end
-    every key is scored exactly, so that the answer never depends on the pick. Queries are
-    multiplied by keys in blocks of 2**28 scores.
+    A first pass picks some more than k keys: by eight-bit codes on NVIDIA's A100, Hopper and later,
+    for small k, in two fused kernels, and on CPUs among many keys, for a few queries or if "quick";
+    elsewhere by a float32 matmul. Only those are scored exactly. The pass also bounds the cosine of
+    every key left out. Should that bound reach the k-th score (near-ties that the pass cannot tell
+    apart), more keys are picked or a finer pass is made, for those queries alone if they are few,
+    and in the end every key is scored exactly, so that the answer never depends on the pick.
+    Queries are multiplied by keys in blocks of 2**28 scores.
 
     Args:
       queries: float32 [Q, D]; one without a direction has no hits.
