@@ -10,6 +10,7 @@ from jaxtyping import UInt32
 from moe_jax._types import Array, Int
 from moe_jax.graph import KnowledgeGraph
 from moe_jax.graph.digest import digest_of_rows, row_digest
+from moe_jax.ops.first_true import first_true
 
 _LEAST_ROWS = 256
 
@@ -104,7 +105,7 @@ def gather(
         A `Delta`.
     """
     is_changed = jnp.any(now != before, axis=1)
-    ids = jnp.nonzero(is_changed, size=size, fill_value=graph.num_nodes)[0].astype(jnp.int32)
+    ids = first_true(is_changed, size)
 
     def take(leaf: Array) -> Array:
         return leaf.at[ids].get(mode="fill", fill_value=0) if leaf.ndim else leaf

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.graph._order import halves, joined, saturating_add
 from moe_jax.graph.state import FOREVER, KnowledgeGraph, with_keys
+from moe_jax.ops.first_true import first_true
 from moe_jax.ops.independent import first_independent
 from moe_jax.ops.search import nearest
 from moe_jax.ops.similarity import exact_cosine
@@ -112,7 +113,7 @@ def assign(
     """
     num_items, nowhere = items.key.shape[0], graph.num_nodes
     leads = items.is_valid if like is None else like.leads
-    free = jnp.nonzero(~graph.is_live, size=num_items, fill_value=nowhere)[0].astype(jnp.int32)
+    free = first_true(~graph.is_live, num_items)
     turn = jnp.cumsum(leads, dtype=jnp.int32) - 1
     slot = jnp.where(leads, free[jnp.maximum(turn, 0)], nowhere)
     created = slot < nowhere

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int, UInt32
+from moe_jax.ops.first_true import first_true
 
 __all__ = [
     "POLICIES",
@@ -84,7 +85,6 @@ def lowest(
 
     The k-th smallest pair is found bit by bit, by counting, so that only k entries are sorted.
     """
-    size = first.shape[0]
     wanted = jnp.minimum(k, jnp.sum(is_live, dtype=jnp.int32))
     is_chosen = jnp.zeros_like(is_live)
     is_open = is_live
@@ -95,7 +95,7 @@ def lowest(
         is_open &= x == last
         wanted = wanted - jnp.sum(is_below, dtype=jnp.int32)
     is_chosen |= is_open & (jnp.cumsum(is_open, dtype=jnp.int32) <= wanted)
-    slot = jnp.nonzero(is_chosen, size=k, fill_value=size)[0].astype(jnp.int32)
+    slot = first_true(is_chosen, k)
     keys = (x.at[slot].get(mode="fill", fill_value=_INT32_MAX) for x in (first, second))
     return jax.lax.sort((*keys, slot), num_keys=2, is_stable=True)[2]
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._types import Array, Bool, Float, Int
+from moe_jax.ops.first_true import first_true
 from moe_jax.ops.spherical_kmeans import nearest_centroids
 
 __all__ = ["once", "seat", "turns"]
@@ -39,7 +40,7 @@ def seat(
     nowhere = is_spare.shape[0]
     cell, turn = bid(choices, fit, room)
     is_left = is_waiting & (cell == room.shape[0])
-    free = _first(is_spare, nowhere)
+    free = first_true(is_spare, nowhere)
     spare = free.at[jnp.maximum(jnp.cumsum(is_left, dtype=jnp.int32) - 1, 0)]
     spare = jnp.where(is_left, spare.get(mode="fill", fill_value=nowhere), nowhere)
     is_left &= spare == nowhere
@@ -99,11 +100,11 @@ def seek(
 
     def one(state: tuple[Array, ...]) -> tuple[Array, ...]:
         cell, turn, used, centroids, is_left, _ = state
-        row = _first(is_left, at_once)
+        row = first_true(is_left, at_once)
         key = keys[jnp.minimum(row, rows - 1)]
         has_room, is_used = used < room, jnp.any(centroids != 0.0, axis=1)
         near, fit = nearest_centroids(key, jnp.where(has_room[:, None], centroids, 0.0), tries)
-        unused = _first(has_room & ~is_used, row.shape[0])
+        unused = first_true(has_room & ~is_used, row.shape[0])
         wanted = jnp.concatenate([near, unused[:, None]], axis=1)
         wanted = jnp.where(row[:, None] < rows, wanted, num_cells)
         got, place = bid(wanted, jnp.pad(fit, ((0, 0), (0, 1))), room - used)
@@ -124,12 +125,6 @@ def seek(
         lambda state: jnp.any(state[4]) & state[5], one, state
     )
     return cell, turn, centroids
-
-
-def _first(mask: Bool[Array, "M"], size: int) -> Int[Array, "m"]:
-    """Where the first of a mask are, M for those that there are not."""
-    at = jnp.nonzero(mask, size=size, fill_value=mask.shape[0])[0]
-    return at.astype(jnp.int32)
 
 
 def turns(cell: Int[Array, "R"], fit: Float[Array, "R"]) -> Int[Array, "R"]:

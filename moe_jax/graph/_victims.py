@@ -18,6 +18,7 @@ from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.graph._leaders import Items, Likeness
 from moe_jax.graph._order import halves, joined, lowest, policy_keys, saturating_add
 from moe_jax.graph.state import KnowledgeGraph
+from moe_jax.ops.first_true import first_true
 
 __all__ = ["Guess", "Problem", "go_in_order", "num_evicted_before", "pose", "turns", "victims"]
 
@@ -90,7 +91,7 @@ def pose(
     pool = lowest(first, second, graph.is_live, min(num_items, nowhere))
     size = pool.shape[0]
     rank = jnp.full(nowhere, size, jnp.int32).at[pool].set(jnp.arange(size), mode="drop")
-    free = jnp.nonzero(~graph.is_live, size=num_items, fill_value=nowhere)[0].astype(jnp.int32)
+    free = first_true(~graph.is_live, num_items)
     num_free = jnp.sum(~graph.is_live, dtype=jnp.int32)
     return Problem(graph, items, like, threshold, free, num_free, pool, rank, first, second)
 

@@ -1,5 +1,6 @@
 """Pure array functions: exact similarity, nearest neighbours, top-k, k-means, sums."""
 
+from moe_jax.ops.first_true import first_true as first_true
 from moe_jax.ops.independent import first_independent as first_independent
 from moe_jax.ops.search import Code as Code
 from moe_jax.ops.search import Hits as Hits

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from moe_jax._types import Array, Bool, Float, Int
 from moe_jax.ops._hardware import runs_triton
 from moe_jax.ops.blocks import in_blocks
+from moe_jax.ops.first_true import first_true
 from moe_jax.ops.search import _codes_gpu, _codes_xla, _matmul
 from moe_jax.ops.search.code import Code
 from moe_jax.ops.similarity import exact_cosine_at, normalize
@@ -276,7 +277,7 @@ def _again(
         return _chosen(is_close, search_few(unit, is_close), found)
 
     def for_few() -> Hits:
-        at = jnp.nonzero(is_close, size=most, fill_value=num_queries)[0]
+        at = first_true(is_close, most)
         own = search_few(unit.at[at].get(mode="fill", fill_value=0.0), at < num_queries)
         return jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), found, own)
 
