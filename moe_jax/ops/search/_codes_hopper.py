@@ -6,7 +6,7 @@ tile each stores eight numbers a query. It computes what `chunk_bounds_kernel` d
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,40 +68,21 @@ def chunk_bounds(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     (num_queries, dim), num_rows = code.shape, is_candidate.shape[0]
-    num_tiles, steps, blocks = -(-num_rows // TILE), dim // _WIDE, num_queries // QUERIES
-    stages = min(8, _SHARED // (TILE * _WIDE) - steps)
+    num_tiles, blocks = -(-num_rows // TILE), num_queries // QUERIES
     num_programs = _programs(blocks, num_tiles)
-    swizzled = (plgpu.TilingTransform((8, _WIDE)), plgpu.SwizzleTransform(128))
-
-    def codes(*shape: int) -> Any:
-        return plgpu.SMEM((*shape, _WIDE), jnp.int8, transforms=swizzled)
-
     outputs = [jax.ShapeDtypeStruct((num_queries, num_tiles * _CHUNKS), jnp.float32)]
     if with_tiles:
         outputs.append(jax.ShapeDtypeStruct((num_tiles, num_queries), jnp.float32))
-    kernel = functools.partial(
-        _kernel, num_rows=num_rows, num_programs=num_programs, with_tiles=with_tiles,
-        is_certain=is_certain,
-    )  # fmt: skip
     found = plgpu.kernel(
-        kernel,
+        functools.partial(
+            _kernel, with_tiles=with_tiles, job=_Job(num_rows, num_programs, is_certain)
+        ),
         out_type=tuple(outputs),
         grid=(num_programs, blocks),
         grid_names=("program", "block"),
         num_threads=3,
         thread_name="warpgroup",
-        scratch_types=[
-            codes(steps, QUERIES),
-            codes(stages, TILE),
-            plgpu.SMEM((_DESCRIBED, 2, TILE), jnp.float32),
-            plgpu.SMEM((2, _HALF, _CHUNKS), jnp.float32),
-            plgpu.SMEM((2, _HALF), jnp.float32),
-            plgpu.Barrier(num_arrivals=steps),
-            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=1, num_barriers=_DESCRIBED),
-            plgpu.Barrier(num_arrivals=2, num_barriers=_DESCRIBED),
-        ],
+        scratch_types=_scratch(dim // _WIDE),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
         ),
@@ -133,88 +114,169 @@ def _of_rows(table: Code, is_candidate: Bool[Array, "N"], is_certain: bool) -> F
     return jnp.concatenate([rows[:, :before], last], axis=1)
 
 
-def _kernel(
-    code_ref, scale_ref, table_ref, about_ref, *refs,
-    num_rows, num_programs, with_tiles, is_certain,
-):  # fmt: skip
+class _Job(NamedTuple):
+    """What a program is to do.
+
+    Attributes:
+        num_rows: N.
+        num_programs: of each block of queries; program p takes tiles p, p + programs, and so on.
+        is_certain: as in `chunk_bounds`.
+    """
+
+    num_rows: int
+    num_programs: int
+    is_certain: bool
+
+    def turns(self) -> Array:
+        """How many tiles this program takes."""
+        num_tiles = -(-self.num_rows // TILE)
+        rest = num_tiles - lax.axis_index("program") + self.num_programs - 1
+        return lax.div(rest, self.num_programs)
+
+    def tile(self, turn: Array) -> Array:
+        """Which one comes in its turn."""
+        return lax.axis_index("program") + turn * self.num_programs
+
+
+class _Shared(NamedTuple):
+    """Shared memory and the barriers of what comes and goes there.
+
+    Attributes:
+        queries: codes of the queries, by steps of 128 coordinates.
+        ring: codes of rows, a step of a tile in each slot.
+        about: what `_of_rows` says of a few tiles.
+        staged: what each warpgroup stores of a tile's chunks.
+        staged_top: and of the tile.
+        asked: on which the queries arrive.
+        loaded: on which each slot of the ring arrives.
+        consumed: on which both warpgroups are through with a slot.
+        told: as `loaded`, of `about`.
+        heard: as `consumed`, of `about`.
+    """
+
+    queries: Any
+    ring: Any
+    about: Any
+    staged: Any
+    staged_top: Any
+    asked: Any
+    loaded: Any
+    consumed: Any
+    told: Any
+    heard: Any
+
+
+def _scratch(steps: int) -> _Shared:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    out_ref, *tiles_ref = refs[: 1 + with_tiles]
-    queries, ring, about, staged, staged_top, asked, loaded, consumed, told, heard = refs[
-        1 + with_tiles :
-    ]
-    steps, stages = queries.shape[0], ring.shape[0]
+    def codes(*shape: int) -> Any:
+        swizzled = (plgpu.TilingTransform((8, _WIDE)), plgpu.SwizzleTransform(128))
+        return plgpu.SMEM((*shape, _WIDE), jnp.int8, transforms=swizzled)
+
+    def floats(*shape: int) -> Any:
+        return plgpu.SMEM(shape, jnp.float32)
+
+    def barriers(num_arrivals: int, count: int = 1) -> Any:
+        return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=count)
+
+    stages = min(8, _SHARED // (TILE * _WIDE) - steps)
+    return _Shared(
+        queries=codes(steps, QUERIES), ring=codes(stages, TILE),
+        about=floats(_DESCRIBED, 2, TILE), staged=floats(2, _HALF, _CHUNKS),
+        staged_top=floats(2, _HALF), asked=barriers(steps), loaded=barriers(1, stages),
+        consumed=barriers(2, stages), told=barriers(1, _DESCRIBED), heard=barriers(2, _DESCRIBED),
+    )  # fmt: skip
+
+
+def _kernel(code_ref, scale_ref, table_ref, about_ref, *refs, with_tiles, job):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    out_refs, shared = refs[: 1 + with_tiles], _Shared(*refs[1 + with_tiles :])
     warpgroup = lax.axis_index("warpgroup")
-    program, block = lax.axis_index("program"), lax.axis_index("block")
-    num_tiles = -(-num_rows // TILE)
-    turns = lax.div(num_tiles - program + num_programs - 1, num_programs)
 
     @pl.when(warpgroup == _LOADER)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        for i in range(steps):
-            at = _span(block, QUERIES), pl.ds(i * _WIDE, _WIDE)
-            plgpu.copy_gmem_to_smem(code_ref.at[at], queries.at[i], asked)
-
-        def load(turn, done):
-            tile, place = program + turn * num_programs, lax.rem(turn, jnp.int32(_DESCRIBED))
-            pl.when(turn >= _DESCRIBED)(lambda: plgpu.barrier_wait(heard.at[place]))
-            plgpu.copy_gmem_to_smem(
-                about_ref.at[:, _span(tile, TILE)], about.at[place], told.at[place]
-            )
-            first = jnp.minimum(tile * TILE, num_rows - TILE)
-            rows = pl.ds(pl.multiple_of(first, _ALIGNED), TILE)
-            for i in range(steps):
-                slot = lax.rem(done + i, jnp.int32(stages))
-                pl.when(done + i >= stages)(lambda slot=slot: plgpu.barrier_wait(consumed.at[slot]))
-                plgpu.copy_gmem_to_smem(
-                    table_ref.at[rows, pl.ds(i * _WIDE, _WIDE)], ring.at[slot], loaded.at[slot]
-                )
-            return done + steps
-
-        lax.fori_loop(0, turns, load, jnp.int32(0))
+        _load(job, shared, code_ref, table_ref, about_ref)
 
     @pl.when(warpgroup != _LOADER)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        half, own = _span(warpgroup, _HALF), _span(block * 2 + warpgroup, _HALF)
-        # 0, of no direction, would make a nothing of minus infinity.
-        scale = jnp.maximum(plgpu.load(scale_ref.at[own], optimized=False), 1e-30)
-        # The scale comes last, so a row's error counts by what it then is of the longest code.
-        ratio = longest_code(scale, steps * _WIDE) / scale if is_certain else None
-        plgpu.barrier_wait(asked)
+        _multiply(job, shared, warpgroup, scale_ref, *out_refs)
 
-        def multiply(turn, done):
-            slots = [lax.rem(done + i, jnp.int32(stages)) for i in range(steps)]
 
-            def contract(acc):
-                for i, slot in enumerate(slots):
-                    plgpu.barrier_wait(loaded.at[slot])
-                    plgpu.wgmma(acc, queries.at[i, half], ring.at[slot].transpose((1, 0)))
-                for i, slot in enumerate(slots):
-                    plgpu.wgmma_wait(steps - 1 - i)
-                    plgpu.barrier_arrive(consumed.at[slot])
-                return acc[...]
+def _load(job, shared, code_ref, table_ref, about_ref):
+    """The queries once, and tile after tile as far ahead as there is room."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
-            product = pl.run_scoped(contract, plgpu.ACC((_HALF, TILE), jnp.int32))
-            place = lax.rem(turn, jnp.int32(_DESCRIBED))
-            plgpu.barrier_wait(told.at[place])
-            bound = _bounds(product, about[place, 0], about[place, 1], ratio)
-            plgpu.barrier_arrive(heard.at[place])
-            best = _largest(bound, scale)
-            tile = program + turn * num_programs
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged for the tile before
-            staged[warpgroup] = best
-            if with_tiles:
-                staged_top[warpgroup] = jnp.max(best, axis=1)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staged.at[warpgroup], out_ref.at[own, _span(tile, _CHUNKS)])
-            for ref in tiles_ref:
-                plgpu.copy_smem_to_gmem(staged_top.at[warpgroup], ref.at[tile, own])
-            return done + steps
+    steps, stages = shared.queries.shape[0], shared.ring.shape[0]
+    for i in range(steps):
+        at = _span(lax.axis_index("block"), QUERIES), pl.ds(i * _WIDE, _WIDE)
+        plgpu.copy_gmem_to_smem(code_ref.at[at], shared.queries.at[i], shared.asked)
 
-        lax.fori_loop(0, turns, multiply, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
+    def one(turn, done):
+        tile, place = job.tile(turn), lax.rem(turn, jnp.int32(_DESCRIBED))
+        pl.when(turn >= _DESCRIBED)(lambda: plgpu.barrier_wait(shared.heard.at[place]))
+        plgpu.copy_gmem_to_smem(
+            about_ref.at[:, _span(tile, TILE)], shared.about.at[place], shared.told.at[place]
+        )
+        first = jnp.minimum(tile * TILE, job.num_rows - TILE)
+        rows = pl.ds(pl.multiple_of(first, _ALIGNED), TILE)
+        for i in range(steps):
+            at = lax.rem(done + i, jnp.int32(stages))
+            pl.when(done + i >= stages)(lambda at=at: plgpu.barrier_wait(shared.consumed.at[at]))
+            part = table_ref.at[rows, pl.ds(i * _WIDE, _WIDE)]
+            plgpu.copy_gmem_to_smem(part, shared.ring.at[at], shared.loaded.at[at])
+        return done + steps
+
+    lax.fori_loop(0, job.turns(), one, jnp.int32(0))
+
+
+def _multiply(job, shared, warpgroup, scale_ref, out_ref, tiles_ref=None):
+    """The products of half of the queries with each tile, and what is stored of them."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    steps, stages = shared.queries.shape[0], shared.ring.shape[0]
+    half, own = _span(warpgroup, _HALF), _span(lax.axis_index("block") * 2 + warpgroup, _HALF)
+    # 0, of no direction, would make a nothing of minus infinity.
+    scale = jnp.maximum(plgpu.load(scale_ref.at[own], optimized=False), 1e-30)
+    # The scale comes last, so a row's error counts by what it then is of the longest code.
+    ratio = longest_code(scale, steps * _WIDE) / scale if job.is_certain else None
+    plgpu.barrier_wait(shared.asked)
+
+    def one(turn, done):
+        slots = [lax.rem(done + i, jnp.int32(stages)) for i in range(steps)]
+
+        def contract(acc):
+            for i, at in enumerate(slots):
+                plgpu.barrier_wait(shared.loaded.at[at])
+                rows = shared.ring.at[at].transpose((1, 0))
+                plgpu.wgmma(acc, shared.queries.at[i, half], rows)
+            for i, at in enumerate(slots):
+                plgpu.wgmma_wait(steps - 1 - i)
+                plgpu.barrier_arrive(shared.consumed.at[at])
+            return acc[...]
+
+        product = pl.run_scoped(contract, plgpu.ACC((_HALF, TILE), jnp.int32))
+        place = lax.rem(turn, jnp.int32(_DESCRIBED))
+        plgpu.barrier_wait(shared.told.at[place])
+        bound = _bounds(product, shared.about[place, 0], shared.about[place, 1], ratio)
+        plgpu.barrier_arrive(shared.heard.at[place])
+        best = _largest(bound, scale)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged for the tile before
+        shared.staged[warpgroup] = best
+        if tiles_ref is not None:
+            shared.staged_top[warpgroup] = jnp.max(best, axis=1)
+        plgpu.commit_smem()
+        at = out_ref.at[own, _span(job.tile(turn), _CHUNKS)]
+        plgpu.copy_smem_to_gmem(shared.staged.at[warpgroup], at)
+        if tiles_ref is not None:
+            at = tiles_ref.at[job.tile(turn), own]
+            plgpu.copy_smem_to_gmem(shared.staged_top.at[warpgroup], at)
+        return done + steps
+
+    lax.fori_loop(0, job.turns(), one, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _span(index: Array, size: int) -> Any:
